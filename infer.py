@@ -1,0 +1,205 @@
+"""Turn prompts into PNGs with a trained pipeline: `python infer.py --prompt "Lebron James with a hat"`.
+
+Each picture starts from noise drawn on the CPU by its own seed, so it does not depend on how many are asked
+for, nor (up to rounding) on the device. Its PNG carries the prompt and all settings as text.
+"""
+
+import secrets
+from pathlib import Path
+
+import sd_config
+
+
+def parse_args(argv=None):
+    """Parse and check the command line; every problem is named, and any ends the process with exit code 2.
+
+    Returns:
+        argparse.Namespace: one attribute per flag; `outputs` lists the files to write, prompt by prompt.
+    """
+    parser = sd_config.Parser(description="Draw pictures from prompts with a trained Stable Diffusion pipeline.")
+    add, integer, real = parser.add_argument, sd_config.integer, sd_config.real
+    add("--model_path", default="./sd-naruto-model", help="Folder of a diffusers pipeline, or a Hub id (owner/name).")
+    add(
+        "--checkpoint", help="Draw with the UNet of this checkpoint folder, on the base model that it was trained from."
+    )
+    add("--prompt", nargs="+", default=["Lebron James with a hat"], help="One or more prompts.")
+    add("--negative_prompt", help="What the pictures should not show.")
+    add("--output", default="result.png", help="File to write; of several, NAME-0.png, NAME-1.png and so on.")
+    add("--num_images", type=integer(1), default=1, help="Pictures of each prompt.")
+    add(
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        help="Picture i of a prompt is drawn with seed + i. Default: a random one.",
+    )
+    add("--num_inference_steps", type=integer(1), default=50, help="Denoising steps.")
+    add(
+        "--guidance_scale",
+        type=real(0),
+        default=7.5,
+        help="Strength of classifier-free guidance; up to 1 turns it off.",
+    )
+    add("--height", type=integer(8, multiple_of=8), help="Height in pixels. Default: the model's own.")
+    add("--width", type=integer(8, multiple_of=8), help="Width in pixels. Default: the model's own.")
+    add("--scheduler", type=sd_config.choice(*SCHEDULERS), help="Sampler. Default: the pipeline's own.")
+    add("--device", help="Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is.")
+    add("--dtype", type=sd_config.choice("fp32", "fp16", "bf16"), help="Default: fp16 on CUDA, fp32 elsewhere.")
+    args, given, problems = parser.parse_all(argv)
+    if not problems:
+        resolve(args, given, problems)
+    sd_config.stop(problems)
+    return args
+
+
+# The well-known samplers, by the names that people know them by; values are classes of diffusers.
+SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def resolve(args, given, problems):
+    """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
+    args.base = {}
+    if args.checkpoint is not None:
+        saved = sd_config.read_state(args.checkpoint, "--checkpoint")
+        args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
+        args.prediction_type = saved["prediction_type"]
+        if "model_path" in given:  # the base has moved since
+            args.base = {}
+        else:
+            args.model_path = saved["base_model"]
+    if sd_config.is_local(args.model_path):
+        problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
+        finished = sd_config.checkpoints(args.model_path)
+        if problems and finished:
+            problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {finished[-1]}")
+
+    output, count = Path(args.output), args.num_images * len(args.prompt)
+    args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    if output.suffix.lower() != ".png":
+        problems.append(f"--output {output}: must end in .png, whose text holds the settings")
+    existing = ", ".join(str(path) for path in args.outputs if path.exists())
+    if count > 1 and existing:
+        problems.append(f"--output {output}: would overwrite {existing}; move them away, or choose another name")
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # answers --help and typos before the slow imports below
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL.PngImagePlugin import PngInfo
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(args):
+    """Draw every picture that `args` asks for, and write it as a PNG with its settings."""
+    device = choose_device(args.device)
+    dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    print(f"Loading {args.checkpoint or args.model_path} ({dtype} on {device})")
+    pipeline = open_pipeline(args, DTYPES[dtype]).to(device)
+
+    first_seed = secrets.randbits(32) if args.seed is None else args.seed
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    for index, path in enumerate(args.outputs):
+        settings = {
+            "prompt": args.prompt[index // args.num_images],
+            "negative_prompt": args.negative_prompt,
+            "seed": first_seed + index % args.num_images,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+            "height": args.height or size,
+            "width": args.width or size,
+        }
+        image = sample(pipeline, **settings)
+        origin = {"model": args.checkpoint or args.model_path, "scheduler": type(pipeline.scheduler).__name__}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(image, path, {**settings, **origin, "dtype": dtype, "device": str(device)})
+        print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
+
+
+def choose_device(name=None):
+    """Return the device asked for, or the best there is. Exits with code 2 if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by assertion
+        return sd_config.stop([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
+
+
+def open_pipeline(args, dtype):
+    """Load the pipeline that `args` describes: of a model, or of a checkpoint's UNet on its base model."""
+    parts = {}
+    if args.checkpoint is not None:
+        folder = Path(args.checkpoint)
+        subfolder = "unet_ema" if (folder / "unet_ema").is_dir() else "unet"
+        parts["unet"] = UNet2DConditionModel.from_pretrained(folder / subfolder, torch_dtype=dtype)
+    pipeline = load_pipeline("--model_path", args.model_path, torch_dtype=dtype, **parts, **args.base)
+    if args.scheduler is not None:
+        scheduler_class = getattr(diffusers, SCHEDULERS[args.scheduler])
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    if args.checkpoint is not None:
+        set_prediction_type(pipeline, args.prediction_type)
+    return pipeline
+
+
+def load_pipeline(flag, model, **kwargs):
+    """Load a Stable Diffusion pipeline, whole: parts without the asked variant come in the plain one.
+
+    Args:
+        flag (str): the flag that named the model, for the message if it cannot be loaded.
+        model (str): a local folder or a Hub id.
+        **kwargs: as for `DiffusionPipeline.from_pretrained`: dtype, revision, parts that replace the model's own.
+
+    Returns:
+        StableDiffusionPipeline: on the CPU. Exits with code 2 if it cannot be loaded.
+    """
+    try:
+        return StableDiffusionPipeline.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
+        return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"])
+
+
+def set_prediction_type(pipeline, prediction_type):
+    """Tell the pipeline's scheduler what its UNet predicts: "epsilon" or "v_prediction"."""
+    scheduler = pipeline.scheduler
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+
+
+def sample(pipeline, prompt, seed, **settings):
+    """Draw one picture with its own generator, on the CPU so that every device starts from the same noise.
+
+    Args:
+        pipeline (StableDiffusionPipeline): the model, on its device.
+        prompt (str): what to draw.
+        seed (int): of the starting noise, 0 to 2^32 - 1.
+        **settings: as for the pipeline: negative_prompt, num_inference_steps, guidance_scale, height, width.
+
+    Returns:
+        PIL.Image.Image: in RGB.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(prompt, generator=generator, **settings).images[0]
+
+
+def save_png(image, path, settings):
+    """Write a PNG whose text chunks hold `settings` (values that are None are left out)."""
+    text = PngInfo()
+    for name, value in settings.items():
+        if value is not None:
+            text.add_itxt(name, str(value))
+    image.save(path, pnginfo=text)
+
+
+if __name__ == "__main__":
+    main(ARGS)
