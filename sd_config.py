@@ -506,6 +506,7 @@ def resolve_output(args, problems, notices):
 
 def is_local(name):
     """Say whether a model or data set name means a path: anything but owner/name with no folder called owner."""
+    name = str(name)
     return os.path.exists(name) or HUB_ID.fullmatch(name) is None or os.path.isdir(os.path.dirname(name))
 
 
