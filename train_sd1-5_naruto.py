@@ -381,7 +381,9 @@ def load_run(args, plan, seed, accelerator, noise_scheduler):
 
     optimizer = create_optimizer(args, plan, unet)
     # The rate of a step is a function of its number: the schedule is never advanced, saved or handed to accelerate.
-    schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, plan.max_steps)
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
+    )
     unet, optimizer = accelerator.prepare(unet, optimizer)
 
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}

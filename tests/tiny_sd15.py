@@ -60,13 +60,14 @@ def build_model(folder, *, full=False, seed=0):
 
     torch.manual_seed(seed)
     width = 768 if full else 32  # of the text encoder, and so of the UNet's cross-attention
-    # Two channels in each normalisation group, at least: with one, a bias before it has no effect and its gradient
-    # is rounding noise, which Adam would scale up to full steps.
-    unet = {} if full else {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 16}
+    # Eight channels in each normalisation group, about as many as in SD1.5. With fewer, a group has so few values at
+    # the lowest resolution (1 x 1) that rounding is amplified, and with one channel some gradients are nothing else;
+    # Adam would turn that into full steps.
+    unet = {} if full else {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 4}
     vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
     text = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 12, "num_attention_heads": 12}
     if not full:
-        vae = {"block_out_channels": (8, 16, 16, 32), "layers_per_block": 1, "sample_size": 64, "norm_num_groups": 4}
+        vae = {"block_out_channels": (8, 16, 16, 32), "layers_per_block": 1, "sample_size": 64, "norm_num_groups": 2}
         text |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
     write_tokenizer(folder / "tokenizer")

@@ -1,0 +1,100 @@
+"""What the tests share: a tiny model and data set, and runs of the trainer in this process."""
+
+import collections
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# Before any library reads them: no network, no account, and the same thread count everywhere.
+os.environ |= {"HF_HUB_OFFLINE": "1", "SWANLAB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HF_UPDATE_CHECK": "0"}
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import accelerate
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+import sd_config
+import tiny_sd15
+
+trainer = importlib.import_module("train_sd1-5_naruto")
+Result = collections.namedtuple("Result", "output logs")
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    """The folders of the tiny model and of the photographs."""
+    return tiny_sd15.build(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture
+def train(assets, tmp_path, monkeypatch):
+    """A function that runs the trainer in this process and returns its output folder and what it logged, by step."""
+
+    def run(*flags, output="run", model=assets[0], data=assets[1], seed=7):
+        logs = collections.defaultdict(dict)
+
+        def record(self, values, step=None, **kwargs):
+            logs[step].update(values)
+            for tracker in self.trackers:
+                tracker.log(values, step=step)
+
+        monkeypatch.setattr(accelerate.Accelerator, "log", record)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        argv = [
+            f"--pretrained_model_name_or_path={model}",
+            *([f"--train_data_dir={data}"] if data else []),
+            f"--output_dir={tmp_path / output}",
+            *([] if seed is None else [f"--seed={seed}"]),
+            *("--resolution=64", "--report_to=none", "--lr_warmup_steps=0", "--validation_prompts"),
+            *map(str, flags),  # of a flag given twice the last one counts
+        ]
+        trainer.main(sd_config.parse_args(argv))
+        return Result(tmp_path / output, dict(logs))
+
+    return run
+
+
+def weights(folder, name="diffusion_pytorch_model.safetensors"):
+    """The tensors of a safetensors file in `folder`."""
+    return safetensors.torch.load_file(Path(folder) / name)
+
+
+def difference(one, other, start):
+    """L2 distance of two trained sets of weights, over the length of the way that training has moved the second."""
+    gap = sum((one[name].double() - other[name].double()).square().sum() for name in start)
+    way = sum((other[name].double() - start[name].double()).square().sum() for name in start)
+    assert way > 0
+    return (gap / way).sqrt().item()
+
+
+def assert_same(one, other):
+    """Two dictionaries of tensors agree bit by bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_same_state(one, other):
+    """Two checkpoint folders hold the same weights, average, moments and counters, bit by bit."""
+    for part in ("unet", "unet_ema"):
+        assert (one / part).exists() == (other / part).exists()
+        if (one / part).exists():
+            assert_same(weights(one / part), weights(other / part))
+    moments = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (one, other)]
+    assert moments[0].keys() == moments[1].keys()
+    for index in moments[0]:
+        assert_same(moments[0][index], moments[1][index])
+    states = [sd_config.read_state(folder) for folder in (one, other)]
+    for name in ("step", "seed", "ema_step", "loss"):
+        assert states[0][name] == states[1][name]
+
+
+def learned(result, *names):
+    """What a run logged of loss, rate and gradient norm, by step (its speed is never twice the same)."""
+    names = names or ("train/loss", "train/lr", "train/grad_norm", "train/epoch")
+    return {step: {name: values[name] for name in names} for step, values in result.logs.items() if names[0] in values}
