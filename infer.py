@@ -142,8 +142,12 @@ def open_pipeline(args, dtype):
     if args.checkpoint is not None:
         folder = Path(args.checkpoint)
         subfolder = "unet_ema" if (folder / "unet_ema").is_dir() else "unet"
-        parts["unet"] = load(UNet2DConditionModel, "--checkpoint", folder, subfolder=subfolder, dtype=dtype)
-    pipeline = load(StableDiffusionPipeline, "--model_path", args.model_path, dtype=dtype, **parts, **args.base)
+        parts["unet"] = load(
+            UNet2DConditionModel.from_pretrained, "--checkpoint", folder, subfolder=subfolder, dtype=dtype
+        )
+    pipeline = load(
+        StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, dtype=dtype, **parts, **args.base
+    )
     if args.scheduler is not None:
         scheduler_class = getattr(diffusers, SCHEDULERS[args.scheduler])
         pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
@@ -152,19 +156,19 @@ def open_pipeline(args, dtype):
     return pipeline
 
 
-def load(cls, flag, model, **kwargs):
-    """Return `cls.from_pretrained(model, **kwargs)`: a pipeline, a part of one, or a tokenizer.
+def load(loader, flag, model, **kwargs):
+    """Return `loader(model, **kwargs)`, or exit with code 2 and a message.
 
     Args:
-        cls (type): a class of diffusers or transformers.
-        flag (str): the flag that named the model, for the message with which this exits (code 2) if it fails.
+        loader (callable): `from_pretrained` of a pipeline, of a part of one, or of a tokenizer.
+        flag (str): the flag that named the model.
         model (str or Path): a local folder or a Hub id.
     """
     try:
-        return cls.from_pretrained(model, **kwargs)
+        return loader(model, **kwargs)
     except (OSError, ValueError) as error:
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
-        return sd_config.stop([f"{flag} {model}: {cls.__name__} cannot be loaded ({remedy}): {error}"])
+        return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"])
 
 
 def set_prediction_type(pipeline, prediction_type):

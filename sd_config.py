@@ -470,7 +470,7 @@ def resolve_data(args, given, problems):
 
 
 def resolve_output(args, problems, notices):
-    """Find the checkpoint to resume from, and refuse to write over another run or the inputs."""
+    """Refuse to write where no run may write, or over another run; find the checkpoint to resume from."""
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file")
@@ -478,30 +478,36 @@ def resolve_output(args, problems, notices):
         value = getattr(args, flag)
         if value is not None and os.path.isdir(value) and output.resolve() == Path(value).resolve():
             problems.append(f"--output_dir {output}: is --{flag} itself; choose another folder")
-    wanted, complete = args.resume_from_checkpoint, checkpoints(output)
-    if wanted is None:
-        found = (
-            "checkpoints" if complete else "an exported pipeline" if (output / "model_index.json").exists() else None
+    if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
+        problems.append(
+            f"--logging_dir {args.logging_dir}: must lie inside the output folder (SWANLAB_LOG_DIR need not)"
         )
-        if found and not args.overwrite_output_dir:
-            problems.append(
-                f"--output_dir {output}: already holds {found}; add --resume_from_checkpoint latest to go on with that "
-                "run, --overwrite_output_dir to delete it, or choose another folder"
-            )
-    elif args.overwrite_output_dir:
-        problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
-    elif wanted == "latest":
+    if args.resume_from_checkpoint is not None:
+        if args.overwrite_output_dir:
+            problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
+        args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, output, problems, notices)
+    elif not args.overwrite_output_dir and (checkpoints(output) or (output / "model_index.json").exists()):
+        problems.append(
+            f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
+            "--overwrite_output_dir to delete it, or choose another folder"
+        )
+
+
+def find_checkpoint(wanted, output, problems, notices):
+    """Return the folder that --resume_from_checkpoint means, or None where `latest` finds none."""
+    complete = checkpoints(output)
+    if wanted == "latest":
         incomplete = [folder for folder in numbered_folders(output) if folder not in complete]
         notices.extend(f"{folder}: not a complete checkpoint, left alone" for folder in incomplete)
-        args.resume_from_checkpoint = complete[-1] if complete else None
         if not complete:
             notices.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, so this run starts fresh")
-    else:
-        candidates = [folder for folder in (Path(wanted), output / wanted) if is_complete(folder)]
-        if not candidates:
-            known = ", ".join(folder.name for folder in complete) or "none"
-            problems.append(f"--resume_from_checkpoint {wanted}: no checkpoint there (complete in {output}: {known})")
-        args.resume_from_checkpoint = candidates[0] if candidates else None
+        return complete[-1] if complete else None
+    for folder in (Path(wanted), output / wanted):
+        if is_complete(folder):
+            return folder
+    known = ", ".join(folder.name for folder in complete) or "none"
+    problems.append(f"--resume_from_checkpoint {wanted}: no checkpoint there (complete in {output}: {known})")
+    return None
 
 
 def is_local(name):
@@ -562,6 +568,7 @@ class Plan:
         steps_per_epoch (int): steps after which every row has been seen once more, rounded up.
         max_steps (int): steps of the whole run.
         learning_rate (float): peak learning rate, after --scale_lr.
+        checkpoint_bytes (int): size of one checkpoint: float32 weights, AdamW's two moments, and the EMA.
     """
 
     rows: int
@@ -571,12 +578,14 @@ class Plan:
     steps_per_epoch: int
     max_steps: int
     learning_rate: float
+    checkpoint_bytes: int
     checkpointing_steps: int
+    checkpoints_total_limit: int | None
     validation_epochs: int | None
 
     @classmethod
-    def of(cls, args, rows, processes):
-        """Return the plan for these arguments, this many rows and this many processes."""
+    def of(cls, args, rows, processes, parameters):
+        """Return the plan for these arguments, this many rows, this many processes, and a UNet of this size."""
         batch_per_process = args.train_batch_size * args.gradient_accumulation_steps
         effective_batch = batch_per_process * processes
         steps_per_epoch = math.ceil(rows / effective_batch)
@@ -588,7 +597,9 @@ class Plan:
             steps_per_epoch=steps_per_epoch,
             max_steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
             learning_rate=args.learning_rate * (effective_batch if args.scale_lr else 1),
+            checkpoint_bytes=parameters * (4 + 2 * (1 if args.use_8bit_adam else 4) + (4 if args.use_ema else 0)),
             checkpointing_steps=args.checkpointing_steps,
+            checkpoints_total_limit=args.checkpoints_total_limit,
             validation_epochs=args.validation_epochs if args.validation_prompts else None,
         )
 
@@ -611,13 +622,15 @@ class Plan:
     def __str__(self):
         saves = sum(map(self.saves_after, range(1, self.max_steps + 1)))
         validations = sum(map(self.validates_after, range(1, self.max_steps + 1)))
+        kept = min(saves, self.checkpoints_total_limit or saves)
+        size = self.checkpoint_bytes / 1e9
         return (
             f"  rows             {self.rows}\n"
             f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
             f"  steps            {self.max_steps} ({self.steps_per_epoch} per epoch, "
             f"{self.max_steps / self.steps_per_epoch:.1f} epochs)\n"
             f"  learning rate    {self.learning_rate:g}\n"
-            f"  checkpoints      {saves}\n"
+            f"  checkpoints      {saves}, {kept} of them kept: {size:.2f} GB each, {kept * size:.2f} GB in all\n"
             f"  validations      {validations}"
         )
 

@@ -68,10 +68,10 @@ def main(args):
     seed = choose_seed(args, saved, accelerator)
 
     # Everything that can be wrong is found here, before any weights are loaded.
-    tokenizer = load_base(CLIPTokenizer, args, subfolder="tokenizer")
+    tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
     noise_scheduler = load_noise_scheduler(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
-    plan = Plan.of(args, len(rows), accelerator.num_processes)
+    plan = Plan.of(args, len(rows), accelerator.num_processes, count_parameters(args))
     if saved:
         stop(resume_problems(saved, args, plan, seed))
     accelerator.print(f"The run, on {accelerator.device} in precision {accelerator.mixed_precision}:\n{plan}")
@@ -131,22 +131,29 @@ def choose_seed(args, saved, accelerator):
     return seed
 
 
-def load_base(cls, args, **kwargs):
-    """Load a part of the base model, or all of it, with the revision and cache that `args` name."""
+def load_base(loader, args, **kwargs):
+    """Load something of the base model, or all of it, with the revision and cache that `args` name."""
     kwargs = {"revision": args.revision, "cache_dir": args.cache_dir} | kwargs
-    return infer.load(cls, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, **kwargs)
+    return infer.load(loader, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, **kwargs)
 
 
 def load_noise_scheduler(args):
     """Return the DDPM noise schedule of the base model, with the prediction type that is to be trained."""
     chosen = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
-    scheduler = load_base(DDPMScheduler, args, subfolder="scheduler", **chosen)
+    scheduler = load_base(DDPMScheduler.from_pretrained, args, subfolder="scheduler", **chosen)
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         stop([f"--prediction_type: the base model predicts {prediction_type!r}; choose epsilon or v_prediction"])
     if args.dream_training and prediction_type != "epsilon":
         stop([f"--dream_training: defined for epsilon only, and the base model's scheduler says {prediction_type}"])
     return scheduler
+
+
+def count_parameters(args):
+    """Return how many weights the base model's UNet has, from its configuration alone."""
+    config = load_base(UNet2DConditionModel.load_config, args, subfolder="unet")
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet2DConditionModel.from_config(config).parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,19 +420,21 @@ def load_models(args):
     """Return the base pipeline with the UNet to train, in float32, and the UNet that starts the EMA."""
     checkpoint, weights = args.resume_from_checkpoint, {"variant": args.variant}
     if checkpoint is None:
-        pipeline = load_base(StableDiffusionPipeline, args, **weights)
+        pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, **weights)
         ema_unet = pipeline.unet
         if args.non_ema_revision != args.revision:
             pipeline.unet = load_base(
-                UNet2DConditionModel, args, subfolder="unet", revision=args.non_ema_revision, **weights
+                UNet2DConditionModel.from_pretrained, args, subfolder="unet", revision=args.non_ema_revision, **weights
             )
     else:
         unets = [
-            infer.load(UNet2DConditionModel, "--resume_from_checkpoint", checkpoint, subfolder=subfolder)
+            infer.load(
+                UNet2DConditionModel.from_pretrained, "--resume_from_checkpoint", checkpoint, subfolder=subfolder
+            )
             for subfolder in ("unet", "unet_ema")[: 2 if args.use_ema else 1]
         ]
         ema_unet = unets[-1]
-        pipeline = load_base(StableDiffusionPipeline, args, unet=unets[0], **weights)
+        pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, unet=unets[0], **weights)
     # diffusers loads half-precision files as float32; that is undone for what will be exported untouched.
     pipeline.vae.to(stored_dtype(pipeline.vae, args.variant))
     return pipeline, ema_unet
@@ -637,6 +646,11 @@ class Progress:
             read = metrics | {"loss": loss, "grad_norm": grad_norm, "images_per_sec": images_per_sec}
             read["epoch"] = step / run.plan.steps_per_epoch
             run.accelerator.log({f"train/{name}": value for name, value in read.items()}, step=step)
+            if not math.isfinite(loss) and not metrics.get("skipped"):
+                kept = checkpoints(run.args.output_dir)
+                sys.exit(
+                    f"error: the loss of step {step} is {loss}; the last checkpoint: {kept[-1] if kept else 'none'}"
+                )
         run.loss = loss
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{metrics['lr']:.2e}", images_per_sec=f"{images_per_sec:.2f}")
         self.pending = []

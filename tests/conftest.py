@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 # Before any library reads them: no network, no account, and the same thread count everywhere.
-os.environ |= {"HF_HUB_OFFLINE": "1", "SWANLAB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HF_UPDATE_CHECK": "0"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "SWANLAB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_UPDATE_CHECK": "0",
+}
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -21,7 +26,7 @@ import sd_config
 import tiny_sd15
 
 trainer = importlib.import_module("train_sd1-5_naruto")
-Result = collections.namedtuple("Result", "output logs")
+Result = collections.namedtuple("Result", "output logs run")
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +37,10 @@ def assets(tmp_path_factory):
 
 @pytest.fixture
 def train(assets, tmp_path, monkeypatch):
-    """A function that runs the trainer in this process and returns its output folder and what it logged, by step."""
+    """A function that runs the trainer in this process.
+
+    It returns the output folder, what was logged (by step), and the trainer's `Run`.
+    """
 
     def run(*flags, output="run", model=assets[0], data=assets[1], seed=7):
         logs = collections.defaultdict(dict)
@@ -42,6 +50,13 @@ def train(assets, tmp_path, monkeypatch):
             for tracker in self.trackers:
                 tracker.log(values, step=step)
 
+        runs, original = [], trainer.load_run
+
+        def load_run(*args):
+            runs.append(original(*args))
+            return runs[-1]
+
+        monkeypatch.setattr(trainer, "load_run", load_run)
         monkeypatch.setattr(accelerate.Accelerator, "log", record)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -54,7 +69,8 @@ def train(assets, tmp_path, monkeypatch):
             *map(str, flags),  # of a flag given twice the last one counts
         ]
         trainer.main(sd_config.parse_args(argv))
-        return Result(tmp_path / output, dict(logs))
+        monkeypatch.setattr(trainer, "load_run", original)
+        return Result(tmp_path / output, dict(logs), runs[0] if runs else None)
 
     return run
 

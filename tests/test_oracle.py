@@ -3,12 +3,13 @@
 import math
 import shutil
 
-import oracle
 import pytest
-import sd_config
-from conftest import difference, trainer, weights
 from diffusers import DDPMScheduler
 from transformers import CLIPTokenizer
+
+import oracle
+import sd_config
+from conftest import difference, trainer, weights
 
 RATE, STEPS, BATCH = 1e-4, 10, 4
 WARMUP = 3

@@ -5,6 +5,7 @@ import re
 import datasets
 import pytest
 import torch
+
 from conftest import assert_same, assert_same_state, difference, learned, trainer, weights
 
 # Everything random at once: random crops, flips, several captions a row, dropped captions, and a moving rate.
@@ -61,7 +62,12 @@ def test_splits_of_the_effective_batch_train_the_same(train, twelve, assets):
     start = weights(assets[0] / "unet")
     runs = [
         train(
-            *RANDOM, twelve, f"--train_batch_size={size}", f"--gradient_accumulation_steps={8 // size}", output=str(size), data=None
+            *RANDOM,
+            twelve,
+            f"--train_batch_size={size}",
+            f"--gradient_accumulation_steps={8 // size}",
+            output=str(size),
+            data=None,
         )
         for size in (8, 4, 1)
     ]
@@ -84,9 +90,13 @@ def test_a_finished_run_only_exports(train):
 def test_a_resumed_run_obeys_its_own_flags(train):
     """What the checkpoint's optimizer was set to must not win over the flags of the run that goes on."""
     train("--max_train_steps=1", "--train_batch_size=2")
-    resumed = train("--max_train_steps=2", "--train_batch_size=2", "--resume_from_checkpoint=latest", "--learning_rate=3e-5")
+    resumed = train(
+        "--max_train_steps=2", "--train_batch_size=2", "--resume_from_checkpoint=latest", "--learning_rate=3e-5"
+    )
     assert resumed.logs[2]["train/lr"] == 3e-5
-    frozen = train("--max_train_steps=3", "--train_batch_size=2", "--resume_from_checkpoint=latest", "--learning_rate=0")
+    frozen = train(
+        "--max_train_steps=3", "--train_batch_size=2", "--resume_from_checkpoint=latest", "--learning_rate=0"
+    )
     assert_same(weights(frozen.output / "checkpoint-2/unet"), weights(frozen.output / "checkpoint-3/unet"))
 
 
