@@ -1,0 +1,157 @@
+"""The formulas at their edges, and what precision they are computed in. (The oracle holds them in the middle.)"""
+
+import math
+
+import accelerate
+import pytest
+import torch
+
+from conftest import trainer
+
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+
+def test_noise_keeps_variance_and_every_timestep_differs():
+    """Where the table is rounded to bf16, σ is 0 at t = 0 and 1, and 1000 timesteps share 192 values."""
+    alpha_bar = ALPHA_BAR.view(-1, 1, 1, 1)
+    zeros, ones = torch.zeros(1000, 1, 1, 1), torch.ones(1000, 1, 1, 1)
+    sigma = trainer.add_noise(zeros, ones, alpha_bar).flatten()
+    signal = trainer.add_noise(ones, zeros, alpha_bar).flatten()
+    torch.testing.assert_close(sigma**2 + signal**2, torch.ones(1000))
+    assert sigma[0].item() == pytest.approx(math.sqrt(0.00085), rel=1e-4)
+    assert len(sigma.unique()) == 1000
+
+
+def test_velocity_and_input_determine_picture_and_noise():
+    """x_0 = √ᾱ x_t - √(1 - ᾱ) v and ε = √ᾱ v + √(1 - ᾱ) x_t: the inverse of the rotation that defines v."""
+    latents, noise, alpha_bar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3, 1, 1, 1)
+    x, v = trainer.add_noise(latents, noise, alpha_bar), trainer.velocity(latents, noise, alpha_bar)
+    torch.testing.assert_close(alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v, latents)
+    torch.testing.assert_close(alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x, noise)
+
+
+def test_min_snr_weights():
+    """min(SNR, γ) / SNR and min(SNR, γ) / (SNR + 1), finite at SNR = 0."""
+    snr = torch.tensor([0.0, 1.0, 5.0, 20.0])
+    alpha_bar = snr / (1 + snr)
+    epsilon = trainer.min_snr_weight(alpha_bar, 5.0, "epsilon")
+    torch.testing.assert_close(epsilon, torch.tensor([1.0, 1.0, 1.0, 0.25]))
+    velocity = trainer.min_snr_weight(alpha_bar, 5.0, "v_prediction")
+    torch.testing.assert_close(velocity, torch.tensor([0.0, 0.5, 5 / 6, 5 / 21]))
+
+
+def test_dream_moves_input_and_target_by_its_estimate_of_the_error():
+    alpha_bar = torch.tensor(0.36).view(1, 1, 1, 1)  # σ = 0.8
+    x, noise, estimate = torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.5)
+    moved, target = trainer.dream(x, noise, noise, estimate, alpha_bar, 2.0)
+    assert moved.item() == pytest.approx(2 + 0.8 * 0.64 * 0.5)
+    assert target.item() == pytest.approx(1 + 0.64 * 0.5)
+    exact = trainer.dream(x, noise, noise, noise, alpha_bar, 1.0)
+    assert (exact[0].item(), exact[1].item()) == (2, 1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--prediction_type=v_prediction",), ("--dream_training",)])
+def test_under_bf16_inputs_targets_and_loss_stay_float32(train, monkeypatch, flags):
+    seen, original = [], torch.nn.functional.mse_loss
+
+    def mse_loss(prediction, target, **kwargs):
+        seen.append((prediction.dtype, target.dtype))
+        return original(prediction, target, **kwargs)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", mse_loss)
+    inputs, add_noise = [], trainer.add_noise
+
+    def spy(latents, noise, alpha_bar):
+        inputs.append((latents, noise, alpha_bar))
+        return add_noise(latents, noise, alpha_bar)
+
+    monkeypatch.setattr(trainer, "add_noise", spy)
+    run = train("--mixed_precision=bf16", "--train_batch_size=2", "--max_train_steps=1", *flags)
+    assert seen == [(torch.float32, torch.float32)]
+    assert {tensor.dtype for tensor in inputs[0]} == {torch.float32}
+    assert {parameter.dtype for parameter in run.run.unet.parameters()} == {torch.float32}
+    assert run.run.vae.dtype == run.run.text_encoder.dtype == torch.bfloat16
+
+
+def test_fp16_needs_a_gpu(train, capsys):
+    """accelerate would train in float32 without a word."""
+    with pytest.raises(SystemExit) as error:
+        train("--mixed_precision=fp16", "--max_train_steps=1")
+    assert error.value.code == 2
+    assert "--mixed_precision fp16: needs a GPU" in capsys.readouterr().err
+
+
+def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
+    """fp16's scaler, on the CPU: weights and EMA stay, the step counts, and the metrics say that it was skipped."""
+    original, add, loss = trainer.load_run, trainer.Progress.add, trainer.diffusion_loss
+    states = []
+
+    def diffusion_loss(run, micro_batch):
+        return loss(run, micro_batch) * (math.inf if run.step == 0 else 1)
+
+    def load_run(*args):
+        run = original(*args)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        run.accelerator.scaler = run.optimizer.scaler = scaler
+        run.optimizer.__setstate__({})  # as accelerate does for an optimizer with a scaler
+        monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
+        states.append([p.detach().clone() for p in (*run.unet.parameters(), *run.ema.shadow_params)])
+        return run
+
+    def note(progress, metrics):
+        states.append([p.detach().clone() for p in (*progress.run.unet.parameters(), *progress.run.ema.shadow_params)])
+        return add(progress, metrics)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    monkeypatch.setattr(trainer, "load_run", load_run)
+    monkeypatch.setattr(trainer.Progress, "add", note)
+    run = train("--use_ema", "--train_batch_size=2", "--max_train_steps=2", "--checkpointing_steps=1")
+    assert [run.logs[step]["train/skipped"] for step in (1, 2)] == [1, 0]
+    before, skipped, stepped = states
+    assert all(map(torch.equal, before, skipped))
+    assert not any(map(torch.equal, skipped[:50], stepped[:50]))
+    assert run.run.ema.optimization_step == 1
+    assert run.run.step == 2
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, poison):
+    original = trainer.diffusion_loss
+
+    def diffusion_loss(run, micro_batch):
+        return original(run, micro_batch) * (poison if run.step == 3 else 1)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    with pytest.raises(SystemExit, match=r"the loss of step 4 is (nan|inf); the last checkpoint: \S*checkpoint-2"):
+        train("--train_batch_size=1", "--max_train_steps=9", "--checkpointing_steps=2")
+
+
+HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")
+
+
+def test_no_step_makes_the_host_wait(train, monkeypatch):
+    """On a GPU each of these would stop the host until the device has caught up."""
+    reads, inside = [], []
+    original = trainer.train_step
+
+    def train_step(*args):
+        inside.append(True)
+        try:
+            return original(*args)
+        finally:
+            inside.pop()
+
+    def watch(name, method):
+        def call(*args, **kwargs):
+            if inside:
+                reads.append(name)
+            return method(*args, **kwargs)
+
+        return call
+
+    for name in HOST_READS:
+        monkeypatch.setattr(torch.Tensor, name, watch(name, getattr(torch.Tensor, name)))
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    flags = ("--use_ema", "--snr_gamma=5", "--train_batch_size=2", "--gradient_accumulation_steps=2")
+    train(*flags, "--max_train_steps=2", "--mixed_precision=bf16")
+    assert reads == []

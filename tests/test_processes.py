@@ -1,0 +1,142 @@
+"""The scripts as a user starts them: in processes of their own."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import sd_config
+import tiny_sd15
+from conftest import ROOT, assert_same_state, difference, weights
+
+TUTORIAL = """
+python train_sd1-5_naruto.py \
+  --use_ema \
+  --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --gradient_checkpointing \
+  --max_train_steps=15000 \
+  --learning_rate=1e-05 \
+  --max_grad_norm=1 \
+  --seed=42 \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --output_dir="sd-naruto-model"
+"""
+
+
+def start(command, folder, **environment):
+    """Run a command in `folder`, on one thread so that results can be compared, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def here(assets, tmp_path):
+    """A folder as the tutorial's reader has it: the scripts, and model and data unpacked beside them."""
+    for name in ("train_sd1-5_naruto.py", "sd_config.py", "infer.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / tiny_sd15.MODEL).symlink_to(assets[0])
+    (tmp_path / "naruto-blip-captions").symlink_to(assets[1])
+    return tmp_path
+
+
+def test_the_tutorial_end_to_end(here):
+    """Its command with only the paths, the resolution and the number of steps changed; then its inference."""
+    command = shlex.split(TUTORIAL)[1:]
+    command = [word.replace("512", "64").replace("15000", "6") for word in command]
+    paths = [f"--pretrained_model_name_or_path=./{tiny_sd15.MODEL}", "--dataset_name=./naruto-blip-captions"]
+    printed = start([*command, *paths], here)
+    assert "The trained pipeline is in sd-naruto-model" in printed
+    assert "Traceback" not in printed
+    assert list((here / "sd-naruto-model/logs").glob("run-*/*.swanlab"))
+    assert len(list((here / "sd-naruto-model/samples").glob("step-*/*.png"))) == 10
+
+    printed = start(["infer.py", "--seed=1", "--num_inference_steps=3"], here)
+    assert "result.png: 64x64, seed 1, 'Lebron James with a hat'" in printed
+    assert Image.open(here / "result.png").size == (64, 64)
+    pipeline = StableDiffusionPipeline.from_pretrained(here / "sd-naruto-model")
+    image = pipeline("Lebron James with a hat", num_inference_steps=2).images[0]
+    image.save(here / "tutorial.png")
+
+
+def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path):
+    start([str(ROOT / "tests/tiny_sd15.py"), str(tmp_path)], tmp_path)
+    sizes = [path.stat().st_size for path in (tmp_path / tiny_sd15.MODEL).rglob("*") if path.is_file()]
+    assert sum(sizes) <= 20e6
+    tokenizer = StableDiffusionPipeline.from_pretrained(assets[0]).tokenizer
+    assert tokenizer("Lebron James with a hat").input_ids == [49406, 11971, 2392, 593, 320, 3801, 49407]
+    assert len(tokenizer) == 49408
+    pictures = [Image.open(path) for path in (tmp_path / tiny_sd15.PHOTOS).iterdir() if path.suffix in (".jpg", ".png")]
+    assert {"RGB", "RGBA", "L", "LA", "P", "CMYK", "I;16"} == {picture.mode for picture in pictures}
+    assert len({picture.size for picture in pictures}) > 10
+
+
+FLAGS = (
+    f"--pretrained_model_name_or_path={tiny_sd15.MODEL}",
+    "--dataset_name=naruto-blip-captions",
+    "--resolution=64",
+    "--report_to=none",
+    "--validation_prompts",
+    "--seed=7",
+    "--random_flip",
+    "--use_ema",
+    "--snr_gamma=5",
+    "--lr_scheduler=linear",
+    "--lr_warmup_steps=2",
+    "--learning_rate=1e-4",
+    "--num_train_epochs=6",
+)
+
+
+def test_two_processes_train_what_one_trains(here, assets):
+    """With epochs instead of steps, where the rate used to fall too slowly on several processes."""
+    one = [
+        "train_sd1-5_naruto.py",
+        *FLAGS,
+        "--train_batch_size=4",
+        "--gradient_accumulation_steps=2",
+        "--output_dir=one",
+    ]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571", "train_sd1-5_naruto.py", *FLAGS]
+    two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
+    printed = [start(one, here), start(two, here, ACCELERATE_USE_CPU="true")]
+    plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
+    assert plans == [("8", "8", "1"), ("8", "4", "2")]
+    begin = weights(assets[0] / "unet")
+    for part in ("unet", "unet_ema"):
+        single, shared = (weights(here / name / "checkpoint-12" / part) for name in ("one", "two"))
+        assert difference(shared, single, begin) <= 1e-4
+    assert sd_config.read_state(here / "two/checkpoint-12")["loss"] == pytest.approx(
+        sd_config.read_state(here / "one/checkpoint-12")["loss"], rel=1e-3
+    )
+
+
+def test_processes_agree_on_a_seed_that_was_not_given(here):
+    """A seed drawn by each for itself would give each another permutation, and another subset."""
+    flags = [flag for flag in FLAGS if not flag.startswith("--seed")] + [
+        "--max_train_samples=5",
+        "--train_batch_size=2",
+    ]
+    flags += ["--max_train_steps=2", "--output_dir=drawn"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29572", "train_sd1-5_naruto.py"]
+    printed = start([*launch, *flags], here, ACCELERATE_USE_CPU="true")
+    (seed,) = set(re.findall(r"No --seed given: drew (\d+)", printed))
+    flags = [flag for flag in flags if not flag.startswith("--output_dir")] + ["--output_dir=given", f"--seed={seed}"]
+    start([*launch, *flags], here, ACCELERATE_USE_CPU="true")
+    assert_same_state(here / "drawn/checkpoint-2", here / "given/checkpoint-2")

@@ -1,0 +1,351 @@
+"""What a run leaves behind: metrics, pictures, checkpoints, and the exported pipeline."""
+
+import json
+import re
+import shutil
+import sys
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+from swanlab.sdk.internal.core_python.store import DataStoreReader
+from transformers import CLIPTextModel
+
+import infer
+from conftest import assert_same, learned, trainer, weights
+
+SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-3")
+PROMPTS = ("--validation_prompts", "a cat", "a rocket")
+
+
+def files(folder):
+    """The names of all files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- the exported pipeline ---------------------------------------------------------------------------------------
+
+
+def test_the_export_is_a_complete_pipeline(train, assets):
+    """The base's parts untouched, its files and no others, everything in safetensors."""
+    run = train(*SHORT, "--use_ema")
+    shutil.rmtree(run.output / "checkpoint-2")
+    base = files(assets[0]) - {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "special_tokens_map.json")}
+    added = {"README.md", "tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.non_ema.safetensors"}
+    assert files(run.output) == base | added
+    for part in ("vae", "text_encoder", "safety_checker"):
+        name = "diffusion_pytorch_model.safetensors" if part == "vae" else "model.safetensors"
+        assert_same(weights(assets[0] / part, name), weights(run.output / part, name))
+    pipeline = StableDiffusionPipeline.from_pretrained(run.output)
+    start = StableDiffusionPipeline.from_pretrained(assets[0])
+    assert pipeline.tokenizer("Naruto").input_ids == start.tokenizer("Naruto").input_ids
+    assert type(pipeline.scheduler) is type(start.scheduler)
+    changed = [
+        name
+        for name, value in start.unet.state_dict().items()
+        if not torch.equal(value, pipeline.unet.state_dict()[name])
+    ]
+    assert len(changed) == len(start.unet.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_frozen_parts_keep_their_values_and_dtypes(train, assets, tmp_path, precision):
+    """A bf16 run must not round them, and a base in half precision must not grow."""
+    base = tmp_path / "base"
+    shutil.copytree(assets[0], base)
+    CLIPTextModel.from_pretrained(base / "text_encoder").half().save_pretrained(base / "text_encoder")
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.vae.to(torch.bfloat16).save_pretrained(base / "vae")
+    pipeline.unet.half().save_pretrained(base / "unet")
+    run = train(*SHORT, f"--mixed_precision={precision}", model=base)
+    assert_same(weights(base / "vae"), weights(run.output / "vae"))
+    assert_same(
+        weights(base / "text_encoder", "model.safetensors"), weights(run.output / "text_encoder", "model.safetensors")
+    )
+    assert {value.dtype for value in weights(run.output / "unet").values()} == {torch.float32}
+
+
+def test_a_base_without_a_safety_checker_works(train, assets, tmp_path):
+    base = tmp_path / "base"
+    StableDiffusionPipeline.from_pretrained(
+        assets[0], safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(base)
+    run = train(*SHORT, model=base)
+    assert not (run.output / "safety_checker").exists()
+    assert StableDiffusionPipeline.from_pretrained(run.output).safety_checker is None
+
+
+def test_the_prediction_type_trained_is_the_one_exported(train):
+    run = train(*SHORT, "--prediction_type=v_prediction", *PROMPTS)
+    config = json.loads((run.output / "scheduler/scheduler_config.json").read_text())
+    assert (config["prediction_type"], config["_class_name"]) == ("v_prediction", "PNDMScheduler")
+
+
+def test_average_and_raw_weights_both_load(train):
+    run = train(*SHORT, "--use_ema", "--max_train_steps=4")
+    average, raw = (UNet2DConditionModel.from_pretrained(run.output / "unet", variant=v) for v in (None, "non_ema"))
+    for parameter, shadow in zip(average.parameters(), run.run.ema.shadow_params, strict=True):
+        assert torch.equal(parameter, shadow)
+    for parameter, trained in zip(raw.parameters(), run.run.unet.parameters(), strict=True):
+        assert torch.equal(parameter, trained)
+    whole = StableDiffusionPipeline.from_pretrained(run.output, variant="non_ema")
+    assert torch.equal(whole.unet.conv_in.bias, raw.conv_in.bias)
+    assert not torch.equal(average.conv_in.bias, raw.conv_in.bias)
+
+
+def test_the_model_card_tells_how_it_was_made(train, assets):
+    run = train(*SHORT, *PROMPTS)
+    card = (run.output / "README.md").read_text(encoding="utf-8")
+    assert f"{assets[0]}, fine-tuned on {assets[1]}" in card
+    assert f"The loss of the last step was {run.logs[2]['train/loss']:.4f}." in card
+    for name in vars(run.run.args):
+        assert f"| {name} | " in card
+    grid = re.search(r"!\[samples\]\((.+)\)", card)[1]
+    assert Image.open(run.output / grid).size == (128, 64)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_the_design_says(train):
+    run = train(*SHORT, "--use_ema")
+    folder = run.output / "checkpoint-2"
+    model = ("config.json", "diffusion_pytorch_model.safetensors")
+    expected = {f"{part}/{name}" for part in ("unet", "unet_ema") for name in model}
+    assert files(folder) == expected | {"optimizer.pt", "trainer_state.json"}
+    for part in ("unet", "unet_ema"):
+        UNet2DConditionModel.from_pretrained(folder / part)
+
+
+def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch):
+    flags = ("--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
+    original = torch.save
+
+    def save(state, path):
+        original(state, path)
+        if "checkpoint-2" in str(path):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags)
+    monkeypatch.setattr(torch, "save", original)
+    run = train(*flags, "--resume_from_checkpoint=latest")
+    assert list(run.logs) == [2, 3]
+    assert sorted(path.name for path in run.output.glob("*checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_no_pickle_is_trusted(train, monkeypatch):
+    loads, original = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(kwargs) or original(*args, **kwargs))
+    train(*SHORT, "--checkpointing_steps=1")
+    train(*SHORT, "--max_train_steps=3", "--resume_from_checkpoint=latest")
+    assert loads and all(kwargs["weights_only"] for kwargs in loads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seed=8",), "its seed is 7, this run's is 8"),
+        (("--train_batch_size=3",), "its effective batch is 2, this run's is 3"),
+        (("--max_train_samples=5",), "its rows is 14, this run's is 5"),
+        (("--use_ema",), "its EMA is False, this run's is True"),
+        (("--max_train_steps=1",), "--max_train_steps: the checkpoint is at step 2, past the last, 1"),
+    ],
+)
+def test_going_on_with_another_run_is_refused(train, capsys, flags, message):
+    train(*SHORT)
+    with pytest.raises(SystemExit) as error:
+        train(*SHORT, "--resume_from_checkpoint=latest", *flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unfit_base_models_are_refused_before_weights_load(train, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
+    for prediction_type, flags, message in (
+        ("sample", (), "--prediction_type: the base model predicts 'sample'"),
+        ("v_prediction", ("--dream_training",), "--dream_training: defined for epsilon only"),
+    ):
+        base = tmp_path / prediction_type
+        shutil.copytree(assets[0], base)
+        file = base / "scheduler/scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": prediction_type}))
+        with pytest.raises(SystemExit) as error:
+            train(*SHORT, *flags, model=base)
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+# -- validation ----------------------------------------------------------------------------------------------------
+
+
+def test_validation_pictures_are_the_ones_that_inference_draws(train, tmp_path):
+    """With the averaged weights, the prompt's own seed and 20 steps: the export draws the last ones to the pixel."""
+    run = train(*SHORT, "--use_ema", *PROMPTS)
+    file = run.output / "samples/step-2/1-a-rocket.png"
+    infer.main(
+        infer.parse_args(
+            [
+                f"--model_path={run.output}",
+                "--prompt=a rocket",
+                "--seed=7",
+                "--num_inference_steps=20",
+                f"--output={tmp_path / 'again.png'}",
+            ]
+        )
+    )
+    assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(tmp_path / "again.png")))
+    assert Image.open(file).text["prompt"] == "a rocket"
+
+
+def test_one_prompt_does_not_change_the_picture_of_another(train):
+    one = train(*SHORT, "--validation_prompts", "a cat", "a rocket", output="one")
+    other = train(*SHORT, "--validation_prompts", "a dog", "a horse", "a rocket", output="other")
+    pictures = [
+        Image.open(run.output / "samples/step-2" / name).tobytes()
+        for run, name in ((one, "1-a-rocket.png"), (other, "2-a-rocket.png"))
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_validation_leaves_training_alone(train, monkeypatch):
+    """Neither weights nor torch's global generator tell whether there was one."""
+    flags = ("--train_batch_size=7", "--max_train_steps=5", "--validation_epochs=1", "--use_ema", "--random_flip")
+    quiet, original, states = train(*flags, output="quiet"), trainer.validate, []
+
+    def validate(run):
+        states.append(torch.get_rng_state())
+        original(run)
+        assert torch.equal(states[-1], torch.get_rng_state())
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    drawn = train(*flags, *PROMPTS, output="drawn")
+    assert len(states) == 3
+    assert_same(weights(quiet.output / "unet"), weights(drawn.output / "unet"))
+    assert learned(quiet) == learned(drawn)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_validation_runs_in_the_precision_of_the_run(train, monkeypatch, precision):
+    seen, original = [], infer.sample
+
+    def sample(pipeline, *args, **kwargs):
+        seen.append((torch.is_autocast_enabled("cpu"), pipeline.vae.dtype, pipeline.safety_checker))
+        if seen[-1][0]:
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return original(pipeline, *args, **kwargs)
+
+    monkeypatch.setattr(infer, "sample", sample)
+    train(*SHORT, f"--mixed_precision={precision}", "--validation_prompts=a cat")
+    half = precision == "bf16"
+    assert seen == [(half, torch.bfloat16 if half else torch.float32, None)]
+
+
+# -- metrics and trackers ------------------------------------------------------------------------------------------
+
+
+def test_metrics_stand_at_the_step_they_describe(train):
+    """Every step has them all; the rate is the one that step used, the epoch is what it reached."""
+    run = train(
+        "--train_batch_size=1",
+        "--gradient_accumulation_steps=4",
+        "--max_train_steps=12",
+        "--lr_scheduler=linear",
+        "--learning_rate=1.2e-3",
+    )
+    assert list(run.logs) == list(range(1, 13))
+    names = {f"train/{name}" for name in ("loss", "lr", "grad_norm", "images_per_sec", "epoch")}
+    for step, values in run.logs.items():
+        assert values.keys() == names
+        assert values["train/lr"] == pytest.approx(1e-4 * (13 - step))
+        assert values["train/epoch"] == step / 4
+        # A random network's loss is about 1: a quarter of it would be a forgotten share of the accumulation.
+        assert 0.5 < values["train/loss"] < 2
+        assert values["train/images_per_sec"] > 0
+
+
+def test_the_loss_logged_is_the_mean_over_all_samples(train):
+    one = train("--train_batch_size=4", "--max_train_steps=4", output="one")
+    four = train("--train_batch_size=1", "--gradient_accumulation_steps=4", "--max_train_steps=4", output="four")
+    for step in range(1, 5):
+        for name in ("train/loss", "train/grad_norm"):
+            assert one.logs[step][name] == pytest.approx(four.logs[step][name], rel=1e-3)
+
+
+def test_swanlab_offline_run_read_back(train):
+    """Loss at every step, captioned pictures at theirs, and all arguments."""
+    run = train("--train_batch_size=4", "--max_train_steps=6", "--report_to=swanlab", *PROMPTS)
+    (folder,) = (run.output / "logs").glob("run-*")
+    scalars, pictures, settings = read_swanlab(folder)
+    assert scalars["train/loss"] == {step: pytest.approx(run.logs[step]["train/loss"]) for step in range(1, 7)}
+    assert scalars["train/epoch"][6] == 1.5
+    assert sorted(pictures) == [4, 6]
+    for step, items in pictures.items():
+        assert [caption for caption, _ in items] == ["a cat", "a rocket"]
+        for index, (_, picture) in enumerate(items):
+            saved = next((run.output / f"samples/step-{step}").glob(f"{index}-*.png"))
+            assert np.array_equal(
+                np.asarray(Image.open(folder / "media/image" / picture)), np.asarray(Image.open(saved))
+            )
+    config = (folder / "files/config.yaml").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name}:", config, re.M) for name in vars(run.run.args))
+    assert "SD-Naruto" in settings
+    assert "SD1-5_火影忍者" in settings
+
+
+def read_swanlab(folder):
+    """The scalars {key: {step: value}}, pictures {step: [(caption, file)]} and the first records of an offline run."""
+    scalars, pictures, start = {}, {}, ""
+    reader = DataStoreReader()
+    reader.open(str(next(folder.glob("*.swanlab"))))
+    for data in reader:
+        record = Record()
+        record.ParseFromString(data)
+        if record.HasField("start"):
+            start = str(record.start)
+        for scalar in [record.scalar] if record.HasField("scalar") else []:
+            scalars.setdefault(scalar.key, {})[scalar.step] = scalar.value.number
+        for media in [record.media] if record.HasField("media") else []:
+            pictures[media.step] = [(item.caption, item.filename) for item in media.value.items]
+    return scalars, pictures, start
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "mode"),
+    [
+        ({}, False, "offline"),
+        ({}, True, None),
+        ({"SWANLAB_API_KEY": "key"}, False, None),
+        ({"SWANLAB_MODE": "disabled"}, False, None),
+        ({"SWANLAB_MODE": "offline"}, False, None),
+    ],
+)
+def test_swanlab_goes_offline_only_where_it_could_not_ask(monkeypatch, tmp_path, capsys, environment, terminal, mode):
+    for name in ("SWANLAB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path))  # no key of the machine's own user
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal, raising=False)
+    options = trainer.swanlab_options(str(tmp_path / "logs"))
+    assert options.get("mode") == mode
+    assert options["log_dir"] == str(tmp_path / "logs")
+    assert options["name"] == "SD1-5_火影忍者"
+    assert ("swanlab sync" in capsys.readouterr().out) == (mode == "offline")
+
+
+def test_swanlab_environment_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setenv("SWANLAB_LOG_DIR", str(tmp_path))
+    monkeypatch.setenv("SWANLAB_EXP_NAME", "mine")
+    assert trainer.swanlab_options("unused") == {}
+
+
+def test_the_optimizer_runs_fused(train):
+    run = train(*SHORT)
+    assert run.run.optimizer.param_groups[0]["fused"]
+    assert isinstance(run.run.accelerator, accelerate.Accelerator)

@@ -1,0 +1,292 @@
+"""The data: which sample stands at which position, how pictures become tensors, what is refused before training."""
+
+import argparse
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from transformers import CLIPTokenizer
+
+from conftest import trainer
+
+ARGS = {
+    "image_column": "image",
+    "caption_column": "text",
+    "resolution": 64,
+    "center_crop": False,
+    "random_flip": False,
+    "image_interpolation_mode": "bilinear",
+    "caption_dropout": 0.0,
+    "input_perturbation": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def stream_of(assets):
+    """A function that makes a stream over the photographs, or other rows, with some flags changed."""
+    photos = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
+    tokenizer = CLIPTokenizer.from_pretrained(assets[0] / "tokenizer")
+
+    def make(rows=photos, seed=3, **changed):
+        args = argparse.Namespace(**ARGS | changed)
+        return trainer.SampleStream(rows, tokenizer, args, seed, 4, 8, 1000)
+
+    return make
+
+
+def same(one, other, names):
+    return all(torch.equal(one[name], other[name]) for name in names)
+
+
+DRAWN = ("posterior_noise", "timesteps", "noise", "noise_offset")
+
+
+def test_an_item_is_a_function_of_seed_and_position(stream_of):
+    one, other = stream_of(), stream_of()
+    backwards = {position: other[position] for position in reversed(range(30))}
+    for position in range(30):
+        assert same(one[position], backwards[position], one[position])
+    assert not same(stream_of(seed=4)[0], one[0], ["noise"])
+    assert len({one[position]["noise"].sum().item() for position in range(60)}) == 60
+
+
+def test_every_epoch_shows_each_row_once_in_an_order_of_its_own(assets, stream_of):
+    captions = [json.loads(line)["text"] for line in (assets[1] / "metadata.jsonl").read_text().splitlines()]
+    stream = stream_of()
+    tokens = {tuple(trainer.tokenize(stream.tokenizer, caption).tolist()): caption for caption in captions}
+    shown = [tokens[tuple(stream[position]["input_ids"].tolist())] for position in range(28)]
+    assert sorted(shown[:14]) == sorted(shown[14:]) == sorted(captions)
+    assert shown[:14] != shown[14:]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"random_flip": True},
+        {"center_crop": True},
+        {"caption_dropout": 0.5},
+        {"input_perturbation": 0.1},
+        {"image_interpolation_mode": "box"},
+    ],
+)
+def test_switching_one_thing_on_shifts_no_other_draw(stream_of, changed):
+    plain, switched = stream_of(), stream_of(**changed)
+    for position in range(8):
+        assert same(plain[position], switched[position], DRAWN)
+
+
+def test_draws_are_made_in_the_documented_order(stream_of):
+    sample, draws = stream_of(input_perturbation=0.1)[5], trainer.keyed_generator(3, "sample", 5)
+    torch.rand(5, generator=draws)
+    shape = (4, 8, 8)
+    assert torch.equal(sample["posterior_noise"], torch.randn(shape, generator=draws))
+    assert torch.equal(sample["timesteps"], torch.randint(1000, (), generator=draws))
+    assert torch.equal(sample["noise"], torch.randn(shape, generator=draws))
+    assert torch.equal(sample["noise_offset"], torch.randn((4, 1, 1), generator=draws))
+    assert torch.equal(sample["input_perturbation"], torch.randn(shape, generator=draws))
+
+
+def test_what_is_drawn_follows_its_distribution(stream_of):
+    """Flips and dropped captions as often as asked, every caption, crop and timestep possible."""
+    grey = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (64, 1)) * 2)
+    rows = datasets.Dataset.from_dict({"image": [grey], "text": [["one", "two", "three"]]})
+    rows = rows.cast_column("image", datasets.Image())
+    samples = [stream_of(rows, random_flip=True, caption_dropout=0.25)[position] for position in range(600)]
+    texts = [tuple(sample["input_ids"].tolist()) for sample in samples]
+    counts = {text: texts.count(text) for text in set(texts)}
+    assert len(counts) == 4
+    empty = tuple(trainer.tokenize(stream_of().tokenizer, "").tolist())
+    assert 110 < counts.pop(empty) < 190
+    assert all(110 < count < 190 for count in counts.values())
+    flipped = [sample["pixel_values"][0, 0, 0] > sample["pixel_values"][0, 0, -1] for sample in samples]
+    assert 250 < sum(flipped) < 350
+    lefts = {min(sample["pixel_values"][0, 0, [0, -1]].tolist()) for sample in samples}
+    assert len(lefts) == 96 - 64 + 1
+    timesteps = torch.stack([sample["timesteps"] for sample in samples])
+    assert 450 < timesteps.float().mean() < 550
+    assert timesteps.max() > 980 and timesteps.min() < 20
+
+
+# -- pictures --------------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_square_in_range_and_cropped_where_asked():
+    image = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (50, 1)))
+    centre = trainer.to_pixels(image, 40, "nearest", crop=None, flip=False)
+    assert centre.shape == (3, 40, 40) and centre.dtype == torch.float32
+    white, black = (trainer.to_pixels(Image.new("L", (9, 9), v), 8, "box", crop=None, flip=False) for v in (255, 0))
+    assert white.unique().tolist() == [1] and black.unique().tolist() == [-1]
+    left = trainer.to_pixels(image, 50, "nearest", crop=(0, 0), flip=False)
+    right = trainer.to_pixels(image, 50, "nearest", crop=(0.999, 0.999), flip=False)
+    grey = ((left + 1) * 127.5).round()[0, 0], ((right + 1) * 127.5).round()[0, 0]
+    assert grey[0].tolist() == list(range(50)) and grey[1].tolist() == list(range(50, 100))
+    flipped = trainer.to_pixels(image, 50, "nearest", crop=(0, 0), flip=True)
+    assert torch.equal(flipped, left.flip(-1))
+
+
+GREY = 100  # of 255, in every mode
+
+
+def pictures():
+    """The same grey square in every mode that PIL has."""
+    plain = Image.new("L", (8, 8), GREY)
+    for mode in ("L", "RGB", "CMYK", "YCbCr", "HSV"):
+        yield mode, plain.convert("RGB").convert(mode)
+    yield "P", plain.convert("P", palette=Image.Palette.ADAPTIVE)
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    yield "LAB", ImageCms.applyTransform(plain.convert("RGB"), lab)
+    deep = np.full((8, 8), GREY * 257)
+    yield "I;16", Image.fromarray(deep.astype(np.uint16))
+    yield "I;16B", Image.frombytes("I;16B", (8, 8), deep.astype(">u2").tobytes())
+    yield "I", Image.fromarray(deep.astype(np.int32))
+    for name, white in (("F, 1", 1), ("F, 255", 255), ("F, 65535", 65535)):
+        values = np.full((8, 8), GREY / 255 * white, np.float32)
+        values[0, 0] = white
+        yield name, Image.fromarray(values)
+
+
+@pytest.mark.parametrize(("mode", "image"), list(pictures()), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_mode_becomes_the_same_grey(mode, image):
+    rgb = trainer.to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb, int)[1:] - GREY).max() <= 1
+
+
+def test_one_bit_and_nan_pictures():
+    assert trainer.to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    holes = Image.fromarray(np.array([[np.nan, 1.0], [-3.0, 0.5]], np.float32))
+    assert np.asarray(trainer.to_rgb(holes))[..., 0].tolist() == [[0, 255], [0, 128]]
+
+
+def transparent():
+    colour = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    colour.putpixel((0, 0), (255, 0, 0, 255))
+    colour.putpixel((1, 0), (255, 0, 0, 128))
+    yield "RGBA", colour
+    yield "RGBa", colour.convert("RGBa")
+    yield "LA", Image.merge("LA", (Image.new("L", (4, 4), 0), colour.getchannel("A")))
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 9, 9, 9])
+    palette.putpixel((0, 0), 0)
+    palette.info["transparency"] = 1
+    yield "P", palette
+    key = Image.new("RGB", (4, 4), (9, 9, 9))
+    key.putpixel((0, 0), (255, 0, 0))
+    key.info["transparency"] = (9, 9, 9)
+    yield "RGB", key
+
+
+@pytest.mark.parametrize(
+    ("mode", "image"), list(transparent()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_transparency_is_laid_over_white(mode, image):
+    rgb = trainer.to_rgb(image)
+    assert rgb.getpixel((3, 3)) == (255, 255, 255)
+    assert rgb.getpixel((0, 0)) == ((0, 0, 0) if mode == "LA" else (255, 0, 0))
+    if mode == "RGBA":
+        assert rgb.getpixel((1, 0)) == (255, 127, 127)
+
+
+def test_exif_orientation_is_respected(tmp_path, stream_of):
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1)))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the top is at the right: turn it clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert np.array_equal(np.asarray(trainer.to_rgb(turned))[..., 0], expected)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "turned.png", "text": "a"}\n')
+    rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
+    pixels = stream_of(rows)[0]["pixel_values"][0]
+    assert np.array_equal(((pixels + 1) * 127.5).round().numpy(), expected)
+
+
+# -- what is refused, or told, before weights load ---------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(train, monkeypatch, tmp_path, capsys):
+    """A function that runs the trainer on these rows and returns what it says before it exits with code 2."""
+
+    def run(*flags, **columns):
+        monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
+        pictures = [Image.new("RGB", (64, 64))] * len(next(iter(columns.values())))
+        rows = datasets.Dataset.from_dict({"image": pictures} | columns)
+        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
+        with pytest.raises(SystemExit) as error:
+            train(f"--dataset_name={tmp_path / 'rows'}", "--max_train_steps=1", *flags, data=None)
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ["a", None, "b", ""],
+        ["a", "  ", "b", "\n"],
+        [["a"], [], ["b"], ["c", ""]],
+        [["a"], None, ["b", "c"], ["d", None]],
+    ],
+)
+def test_rows_without_a_caption_are_named(refused, captions):
+    assert "--caption_column text: 2 row(s) without a caption, or with an empty one: 1, 3" in refused(text=captions)
+
+
+def test_captions_that_are_no_text_are_refused(refused):
+    assert "2 row(s) without a caption" in refused(text=[1, 2])
+
+
+def test_a_column_without_pictures_is_refused(refused):
+    assert "--image_column text: holds Value('string'), not images" in refused("--image_column=text", text=["a"])
+
+
+def test_missing_splits_and_data_are_named(train, tmp_path, capsys, assets):
+    rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
+    datasets.DatasetDict(test=rows).save_to_disk(tmp_path / "test only")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("test only", "has no split named train, only test"),
+        ("empty", "cannot be loaded"),
+        ("acme/none", "cannot be loaded (check name and network, or give a local folder)"),
+    ):
+        folder = tmp_path / name if "/" not in name else name
+        with pytest.raises(SystemExit) as error:
+            train(f"--dataset_name={folder}", data=None)
+        assert error.value.code == 2
+        assert f"error: --dataset_name {folder}: {message}" in capsys.readouterr().err
+
+
+def test_long_captions_are_counted(train, tmp_path, capsys):
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (64, 64))] * 3, "text": ["short", "word " * 75, "word " * 76]}
+    )
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
+    run = train(f"--dataset_name={tmp_path / 'rows'}", "--max_train_steps=1", data=None)
+    assert run.logs
+    assert "note: 1 of 3 captions are longer than 77 tokens and will be cut" in capsys.readouterr().out
+
+
+def test_max_train_samples_above_the_rows_uses_all_and_says_so(train, capsys):
+    run = train("--max_train_samples=99", "--max_train_steps=1", "--train_batch_size=2")
+    assert run.run.plan.rows == 14
+    assert "note: --max_train_samples 99: the data set has 14, all used" in capsys.readouterr().out
+
+
+def test_hub_data_is_asked_for_with_every_flag(train, monkeypatch, assets):
+    """The tutorial's data set cannot be reached here: what would be asked for is."""
+    rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows})
+    flags = ("--max_train_steps=1", "--train_batch_size=1")
+    train(*flags, data=None, output="one")
+    hub = ("--dataset_name=a/b", "--dataset_config_name=c", "--train_data_dir=d", "--cache_dir=/tmp")
+    train(*flags, *hub, data=None, output="two")
+    assert asked == [
+        (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "cache_dir": None}),
+        (("a/b", "c"), {"data_dir": "d", "cache_dir": "/tmp"}),
+    ]

@@ -1,0 +1,57 @@
+"""What keeps the house in order: linting, formatting, its size, and a README that tells the truth about the flags."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import sd_config
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
+def test_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_else_lies_at_top_level():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    top = {name.split("/")[0] for name in listed if name and not name.startswith(".")}
+    scripts = {"train_sd1-5_naruto.py", "sd_config.py", "infer.py"}
+    assert top <= scripts | {"requirements.txt", "README.md", "tests", "images"}
+
+
+def flag_rows(parser):
+    """The rows that the README's table of flags must have."""
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            if action.dest == "help" or group.title == "options":
+                continue
+            default = "" if action.default is None or action.default is False else action.default
+            if isinstance(default, list):
+                default = "four prompts"
+            text = action.help.replace("|", "\\|")
+            yield f"| `--{action.dest}` | {default} | {text} |"
+
+
+def test_the_readme_lists_every_flag_with_its_default_and_help():
+    rows = list(flag_rows(sd_config.build_parser()))
+    assert len(rows) > 50
+    missing = [row for row in rows if row not in README]
+    assert not missing, "\n".join(missing)
+
+
+def test_the_readme_and_ci_run_the_same_test_command():
+    assert re.search(r"^python -m pytest tests$", (ROOT / ".ci/run").read_text(), re.M)
+    assert "python -m pytest tests" in README
+
+
+def test_requirements_are_the_seven_packages_with_both_bounds():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    names = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "swanlab"]
+    assert [re.split("[<>=]", line)[0] for line in lines] == names
+    assert all(re.fullmatch(r"\w+>=[\d.]+,<[\d.]+", line) for line in lines)
