@@ -474,10 +474,12 @@ def resolve_output(args, problems, notices):
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file")
-    for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
-        value = getattr(args, flag)
-        if value is not None and os.path.isdir(value) and output.resolve() == Path(value).resolve():
-            problems.append(f"--output_dir {output}: is --{flag} itself; choose another folder")
+    inputs = {
+        f"--{flag}": getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir")
+    }
+    for name, folder in {"the folder of the scripts": os.path.dirname(__file__), **inputs}.items():
+        if folder is not None and os.path.isdir(folder) and output.resolve() == Path(folder).resolve():
+            problems.append(f"--output_dir {output}: is {name} itself; choose another folder")
     if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
         problems.append(
             f"--logging_dir {args.logging_dir}: must lie inside the output folder (SWANLAB_LOG_DIR need not)"

@@ -493,9 +493,9 @@ def prepare_output(run):
 
 
 def start_tracker(run):
-    """Start the tracker that --report_to names, with all arguments as its configuration."""
+    """Start the tracker that --report_to names, with all arguments as its configuration, if there is a step to log."""
     args = run.args
-    if args.report_to == "none":
+    if args.report_to == "none" or run.step == run.plan.max_steps:
         return
     plain = (bool, int, float, str)
     config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
@@ -681,17 +681,21 @@ def diffusion_loss(run, micro_batch):
     noisy_latents = add_noise(latents, input_noise, alpha_bar)
     target = noise if run.prediction_type == "epsilon" else velocity(latents, noise, alpha_bar)
 
-    def predict(noisy_latents):
-        return run.unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
-
+    conditions = timesteps, encoder_hidden_states
     if args.dream_training:
         with torch.no_grad():
-            estimate = predict(noisy_latents)
+            estimate = predict(run.unet, noisy_latents, *conditions)
         noisy_latents, target = dream(noisy_latents, target, noise, estimate, alpha_bar, args.dream_detail_preservation)
-    losses = F.mse_loss(predict(noisy_latents), target, reduction="none").mean(dim=(1, 2, 3))
+    prediction = predict(run.unet, noisy_latents, *conditions)
+    losses = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if args.snr_gamma is not None:
         losses = losses * min_snr_weight(alpha_bar.flatten(), args.snr_gamma, run.prediction_type)
     return losses.mean()
+
+
+def predict(unet, noisy_latents, timesteps, encoder_hidden_states):
+    """Return the UNet's prediction in float32, whatever precision it computes in: shape of `noisy_latents`."""
+    return unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
 
 
 @torch.no_grad()

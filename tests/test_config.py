@@ -1,0 +1,809 @@
+"""The command line: every flag and its default, every check and its message, and the plan that follows from them."""
+
+import ast
+import importlib.util
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sd_config
+from conftest import ROOT
+
+PROMPTS = [
+    "Bill Gates with a hoodie",
+    "John Oliver with Naruto style",
+    "Lebron James with a hat",
+    "Mickael Jackson as a ninja",
+]
+# Name, default, what to give on the command line (a switch takes nothing), and what must become of that.
+FLAGS = [
+    ("input_perturbation", 0.0, "0.1", 0.1),
+    ("pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5", "owner/name", "owner/name"),
+    ("dataset_name", "lambdalabs/naruto-blip-captions", "owner/name", "owner/name"),
+    ("revision", None, "main", "main"),
+    ("variant", None, "fp16", "fp16"),
+    ("dataset_config_name", None, "english", "english"),
+    ("train_data_dir", None, "photos", "photos"),
+    ("image_column", "image", "picture", "picture"),
+    ("caption_column", "text", "caption", "caption"),
+    ("max_train_samples", None, "100", 100),
+    ("validation_prompts", PROMPTS, "'a cat' 'a dog'", ["a cat", "a dog"]),
+    ("output_dir", "sd-naruto-model", "elsewhere", "elsewhere"),
+    ("cache_dir", None, "cache", "cache"),
+    ("seed", None, "42", 42),
+    ("resolution", 512, "768", 768),
+    ("center_crop", False, "", True),
+    ("random_flip", False, "", True),
+    ("train_batch_size", 16, "4", 4),
+    ("num_train_epochs", 100, "3", 3),
+    ("max_train_steps", None, "15000", 15000),
+    ("gradient_accumulation_steps", 1, "4", 4),
+    ("gradient_checkpointing", False, "", True),
+    ("learning_rate", 1e-4, "1e-05", 1e-5),
+    ("scale_lr", False, "", True),
+    ("lr_scheduler", "constant", "cosine_with_restarts", "cosine_with_restarts"),
+    ("lr_warmup_steps", 500, "0", 0),
+    ("snr_gamma", None, "5", 5.0),
+    ("dream_training", False, "", True),
+    ("dream_detail_preservation", 1.0, "2", 2.0),
+    ("use_8bit_adam", False, "", True),
+    ("allow_tf32", False, "", True),
+    ("use_ema", False, "", True),
+    ("non_ema_revision", None, "raw", "raw"),
+    ("dataloader_num_workers", 0, "8", 8),
+    ("adam_beta1", 0.9, "0", 0.0),
+    ("adam_beta2", 0.999, "0.99", 0.99),
+    ("adam_weight_decay", 1e-2, "0", 0.0),
+    ("adam_epsilon", 1e-8, "1e-6", 1e-6),
+    ("max_grad_norm", 1.0, "1", 1.0),
+    ("prediction_type", None, "v_prediction", "v_prediction"),
+    ("logging_dir", "logs", "log", "log"),
+    ("mixed_precision", None, "bf16", "bf16"),
+    ("report_to", "swanlab", "wandb", "wandb"),
+    ("local_rank", -1, "0", 0),
+    ("checkpointing_steps", 500, "100", 100),
+    ("checkpoints_total_limit", None, "2", 2),
+    ("resume_from_checkpoint", None, "latest", "latest"),
+    ("enable_xformers_memory_efficient_attention", False, "", True),
+    ("noise_offset", 0.0, "0.05", 0.05),
+    ("validation_epochs", 5, "1", 1),
+    ("tracker_project_name", "SD-Naruto", "other", "other"),
+    ("image_interpolation_mode", "bilinear", "lanczos", "lanczos"),
+    ("caption_dropout", 0.0, "0.1", 0.1),
+    ("overwrite_output_dir", False, "", True),
+    ("dry_run", False, "", True),
+]
+BASE, HUB = "--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DEFAULTS = {name: default for name, default, *_ in FLAGS}
+TUTORIAL = """
+  --use_ema \
+  --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --gradient_checkpointing \
+  --max_train_steps=15000 \
+  --learning_rate=1e-05 \
+  --max_grad_norm=1 \
+  --seed=42 \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --output_dir="sd-naruto-model"
+"""
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch):
+    """Work beside a few small folders, and in no launcher's environment."""
+    for file in (
+        "file",
+        "base/model_index.json",
+        "empty/other.txt",
+        "photos/portraits/metadata.jsonl",
+        "saved/state.json",
+        "saved/portraits/state.json",
+        "saved_splits/dataset_dict.json",
+        "run/checkpoint-9/trainer_state.json",
+        "run/checkpoint-10/trainer_state.json",
+        "exported/model_index.json",
+        "elsewhere/checkpoint-3/trainer_state.json",
+        "elsewhere/best/trainer_state.json",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def accept(capsys):
+    """A function that parses flags, and returns them with the notices (without warm-up, of which one would speak)."""
+
+    def run(*flags):
+        args = sd_config.parse_args(["--lr_warmup_steps=0", *flags])
+        out, err = capsys.readouterr()
+        assert not out
+        assert all(line.startswith("note: --") or "checkpoint-" in line for line in err.splitlines())
+        return args, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def refuse(capsys):
+    """A function that parses flags which must end in exit code 2, and returns the problems named, one a line."""
+
+    def run(*flags):
+        with pytest.raises(SystemExit) as exit_info:
+            sd_config.parse_args(flags)
+        out, err = capsys.readouterr()
+        assert (exit_info.value.code, out) == (2, "")
+        assert all(line.startswith("error: ") for line in err.splitlines())
+        return [line.removeprefix("error: ") for line in err.splitlines()]
+
+    return run
+
+
+def only(items):
+    assert len(items) == 1, items
+    return items[0]
+
+
+# The flags
+
+
+@pytest.mark.parametrize(("name", "default", "text", "value"), FLAGS, ids=[name for name, *_ in FLAGS])
+def test_flag_has_its_name_type_and_default(name, default, text, value):
+    args, given, problems = sd_config.build_parser().parse_all([f"--{name}", *shlex.split(text)])
+    assert (given, problems) == ({name}, [])
+    assert (type(getattr(args, name)), getattr(args, name)) == (type(value), value)
+    args, given, problems = sd_config.build_parser().parse_all([])
+    assert (given, problems) == (set(), [])
+    assert (type(getattr(args, name)), getattr(args, name)) == (type(default), default)
+
+
+def test_defaults_pass_every_check(accept):
+    args, notices = accept()
+    assert (DEFAULTS | {"lr_warmup_steps": 0}).items() <= vars(args).items()
+    assert notices == []
+
+
+def test_command_of_the_tutorial_parses_unchanged(accept):
+    args, notices = accept(*shlex.split(TUTORIAL))
+    given = {
+        "use_ema": True,
+        "resolution": 512,
+        "center_crop": True,
+        "random_flip": True,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
+        "max_train_steps": 15000,
+        "learning_rate": 1e-5,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "output_dir": "sd-naruto-model",
+    }
+    assert (DEFAULTS | given).items() <= vars(args).items()
+    assert notices == []
+
+
+def test_defaults_can_be_edited_in_the_file(tmp_path, capsys):
+    (tmp_path / "stable-diffusion-v1-5").mkdir()
+    (tmp_path / "stable-diffusion-v1-5/model_index.json").touch()
+    (tmp_path / "naruto-blip-captions").mkdir()
+    text = (ROOT / "sd_config.py").read_text(encoding="utf-8")
+    for name in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"):
+        assert text.count(f'default="{name}"') == 1
+        text = text.replace(f'default="{name}"', f'default="./{name.split("/")[1]}"')
+    (tmp_path / "edited.py").write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+    args = edited.parse_args([])
+    assert args.pretrained_model_name_or_path == "./stable-diffusion-v1-5"
+    assert args.dataset_name == "./naruto-blip-captions"
+    (tmp_path / "stable-diffusion-v1-5/model_index.json").unlink()  # checked like a folder that was given
+    with pytest.raises(SystemExit):
+        edited.parse_args([])
+    assert "./stable-diffusion-v1-5: no model_index.json" in capsys.readouterr().err
+
+
+def test_default_models_are_on_the_hub_whatever_lies_in_the_folder(tmp_path, accept):
+    """An unpacked `stable-diffusion-v1-5` beside the scripts has the name of the Hub model's owner."""
+    (tmp_path / "stable-diffusion-v1-5").mkdir()
+    assert accept()[0].pretrained_model_name_or_path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        sd_config.parse_args(["--help"])
+    shown = capsys.readouterr().out.split()
+    assert exit_info.value.code == 0
+    assert {f"--{name}" for name in DEFAULTS} <= set(shown)
+
+
+# Values that are refused
+
+LEARNING_RATES = "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup"
+BAD = [
+    ("max_train_samples", "0", "at least 1"),
+    ("resolution", "0", "multiple of 8, at least 8"),
+    ("resolution", "100", "multiple of 8, at least 8"),
+    ("resolution", "-8", "multiple of 8, at least 8"),
+    ("image_interpolation_mode", "cubic", "nearest, box, bilinear, hamming, bicubic, lanczos"),
+    ("caption_dropout", "1.1", "at least 0 and of at most 1"),
+    ("caption_dropout", "-0.1", "at least 0 and of at most 1"),
+    ("caption_dropout", "nan", "at least 0 and of at most 1"),
+    ("dataloader_num_workers", "-1", "at least 0"),
+    ("seed", "-1", "from 0 to 4294967295"),
+    ("seed", "4294967296", "from 0 to 4294967295"),
+    ("seed", "forty-two", "from 0 to 4294967295"),
+    ("train_batch_size", "0", "at least 1"),
+    ("train_batch_size", "1.5", "a whole number"),
+    ("gradient_accumulation_steps", "0", "at least 1"),
+    ("num_train_epochs", "0", "at least 1"),
+    ("max_train_steps", "0", "at least 1"),
+    ("learning_rate", "-1e-5", "at least 0"),
+    ("learning_rate", "inf", "a number"),
+    ("learning_rate", "fast", "a number"),
+    ("lr_scheduler", "warp", LEARNING_RATES),
+    ("lr_warmup_steps", "-1", "at least 0"),
+    ("adam_beta1", "1", "at least 0 and below 1"),
+    ("adam_beta2", "-0.1", "at least 0 and below 1"),
+    ("adam_weight_decay", "-1", "at least 0"),
+    ("adam_epsilon", "-1e-8", "at least 0"),
+    ("max_grad_norm", "0", "above 0, or inf"),
+    ("max_grad_norm", "nan", "above 0, or inf"),
+    ("prediction_type", "sample", "epsilon, v_prediction"),
+    ("snr_gamma", "0", "above 0"),
+    ("noise_offset", "-0.1", "at least 0"),
+    ("input_perturbation", "-0.1", "at least 0"),
+    ("dream_detail_preservation", "0", "above 0"),
+    ("mixed_precision", "fp8", "no, fp16, bf16"),
+    ("local_rank", "-2", "at least -1"),
+    ("checkpointing_steps", "0", "at least 1"),
+    ("checkpoints_total_limit", "0", "at least 1"),
+    ("validation_epochs", "0", "at least 1"),
+    ("report_to", "mlflow", "swanlab, tensorboard, wandb, none"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD)
+def test_bad_value_is_named_with_what_is_allowed(refuse, name, value, allowed):
+    problem = only(refuse(f"--{name}={value}"))
+    assert problem.startswith(f"--{name} {value}: must be ")
+    assert allowed in problem
+
+
+def test_every_flag_with_a_range_was_given_a_bad_value():
+    ranged = {action.dest for action in sd_config.build_parser()._actions if action.type}
+    assert ranged == {name for name, *_ in BAD}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("resolution", 8),
+        ("caption_dropout", 0.0),
+        ("caption_dropout", 1.0),
+        ("seed", 0),
+        ("seed", 4294967295),
+        ("learning_rate", 0.0),
+        ("adam_beta1", 0.0),
+        ("max_grad_norm", math.inf),
+        ("max_train_samples", 1),
+        ("snr_gamma", 1e-300),
+        ("report_to", "none"),
+        ("mixed_precision", "no"),
+        ("validation_prompts", []),
+    ],
+)
+def test_ends_of_the_ranges_are_accepted(accept, name, value):
+    given = f"--{name}={value}" if value != [] else f"--{name}"
+    assert getattr(accept(given)[0], name) == value
+
+
+def test_all_problems_are_reported_together(refuse):
+    problems = refuse(
+        "--seed=-1", "--resolution=100", "--lr_scheduler", "warp", "--learing_rate=1", "--report_to=mlflow"
+    )
+    flags = ["--learing_rate:", "--lr_scheduler", "--report_to", "--resolution", "--seed"]
+    assert sorted(problem.split()[0] for problem in problems) == flags
+    problems = refuse("--train_data_dir=missing", "--output_dir=run", "--local_rank=3", f"{BASE}=empty")
+    flags = ["--local_rank", "--output_dir", BASE, "--train_data_dir"]
+    assert sorted(problem.split()[0] for problem in problems) == flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--learing_rate 1e-5", "--learing_rate: no such flag; did you mean --learning_rate?"),
+        ("--train-batch-size=4", "--train-batch-size: no such flag; did you mean --train_batch_size?"),
+        ("-seed 5", "-seed: no such flag; did you mean --seed?"),
+        ("--qqqqqq", "--qqqqqq: no such flag (--help lists all flags)"),
+        ("--train_batch 4", "--train_batch: no such flag; did you mean --train_batch_size?"),
+        ("--use_em", "--use_em: no such flag; did you mean --use_ema?"),
+        ("naruto --use_ema", "naruto: belongs to no flag"),
+        ("--seed=1 naruto", "naruto: belongs to no flag"),
+        ("--seed", "argument --seed: expected one argument (--help lists all flags)"),
+        ("--seed --use_ema", "argument --seed: expected one argument (--help lists all flags)"),
+        ("--use_ema=yes", "argument --use_ema: ignored explicit argument 'yes' (--help lists all flags)"),
+    ],
+)
+def test_what_is_no_flag_is_named_and_corrected(refuse, flags, problem):
+    """An abbreviation is no flag either: it could come to mean another one."""
+    assert refuse(*flags.split()) == [problem]
+
+
+def test_a_distributed_launch_speaks_with_one_voice(accept, refuse, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert refuse("--seed=-1") == []
+    assert accept("--lr_warmup_steps=5")[1] == []
+    monkeypatch.setenv("RANK", "0")
+    assert len(refuse("--seed=-1")) == 1
+    assert len(accept("--lr_warmup_steps=5")[1]) == 1
+
+
+# Checks of several flags, the environment and the file system
+
+REFUSED = {
+    "DREAM of v-prediction": ("--dream_training --prediction_type=v_prediction", "--dream_training", "epsilon only"),
+    "polynomial below its end": (
+        "--lr_scheduler=polynomial --learning_rate=1e-7",
+        "--learning_rate 1e-07",
+        "above 1e-7",
+    ),
+    "missing model, ./": (f"{BASE}=./missing", f"{BASE} ./missing", "no such folder"),
+    "missing model, absolute": (f"{BASE}=/missing/model", f"{BASE} /missing/model", "no such folder"),
+    "missing model, a word": (
+        f"{BASE}=missing",
+        f"{BASE} missing",
+        "no such folder (a Hub model is written owner/name)",
+    ),
+    "missing model in a folder that is there": (f"{BASE}=photos/missing", f"{BASE} photos/missing", "no such folder"),
+    "model is a file": (f"{BASE}=file", f"{BASE} file", "no such folder"),
+    "model without its index": (f"{BASE}=empty", f"{BASE} empty", "no model_index.json"),
+    "revision of a folder": (f"{BASE}=base --revision=main", "--revision main", "base is a local folder"),
+    "EMA revision of a folder": (
+        f"{BASE}=base --non_ema_revision=raw",
+        "--non_ema_revision raw",
+        "base is a local folder",
+    ),
+    "missing data, ./": ("--dataset_name=./missing", "--dataset_name ./missing", "no such folder"),
+    "missing data, a word": (
+        "--dataset_name=missing",
+        "--dataset_name missing",
+        "a Hub data set is written owner/name",
+    ),
+    "missing pictures": ("--train_data_dir=missing", "--train_data_dir missing", "no such folder"),
+    "pictures are a file": ("--train_data_dir=file", "--train_data_dir file", "no such folder"),
+    "missing subfolder": (
+        "--dataset_name=photos --train_data_dir=missing",
+        "--train_data_dir photos/missing",
+        "no such folder",
+    ),
+    "subfolder of rows that were saved": (
+        "--dataset_name=saved --train_data_dir=portraits",
+        "--train_data_dir portraits",
+        "saved has no subfolders",
+    ),
+    "configuration of pictures": (
+        "--train_data_dir=photos --dataset_config_name=en",
+        "--dataset_config_name en",
+        "no configurations",
+    ),
+    "configuration of saved rows": (
+        "--dataset_name=saved --dataset_config_name=en",
+        "--dataset_config_name en",
+        "no configurations",
+    ),
+    "configuration of saved splits": (
+        "--dataset_name=saved_splits --dataset_config_name=en",
+        "--dataset_config_name en",
+        "no configurations",
+    ),
+    "output is a file": ("--output_dir=file", "--output_dir file", "is a file"),
+    "logging outside the output folder": ("--logging_dir=/logs", "--logging_dir /logs", "inside the output folder"),
+    "logging above the output folder": (
+        "--logging_dir=a/../../b",
+        "--logging_dir a/../../b",
+        "inside the output folder",
+    ),
+    "output holds checkpoints": (
+        "--output_dir=run",
+        "--output_dir run",
+        "holds a run; add --resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete it",
+    ),
+    "output holds a pipeline": ("--output_dir=exported", "--output_dir exported", "holds a run"),
+    "output is the model": (
+        f"{BASE}=base --output_dir=photos/../base/ --overwrite_output_dir",
+        "--output_dir photos/../base",
+        f"is {BASE} itself",
+    ),
+    "output is the data": (
+        "--dataset_name=photos --output_dir=photos",
+        "--output_dir photos",
+        "is --dataset_name itself",
+    ),
+    "output is the pictures": (
+        "--train_data_dir=photos --output_dir=./photos",
+        "--output_dir photos",
+        "is --train_data_dir itself",
+    ),
+    "output is the subfolder of the data": (
+        "--dataset_name=photos --train_data_dir=portraits --output_dir=photos/portraits",
+        "--output_dir photos/portraits",
+        "is --train_data_dir itself",
+    ),
+    "resume and overwrite": (
+        "--output_dir=run --resume_from_checkpoint=latest --overwrite_output_dir",
+        "--overwrite_output_dir",
+        "--resume_from_checkpoint",
+    ),
+    "resume from nothing": (
+        "--output_dir=run --resume_from_checkpoint=checkpoint-11",
+        "--resume_from_checkpoint checkpoint-11",
+        "complete in run: checkpoint-9, checkpoint-10)",
+    ),
+    "resume from nothing in a new folder": (
+        "--output_dir=new --resume_from_checkpoint=run/checkpoint-11/",
+        "--resume_from_checkpoint run/checkpoint-11/",
+        "complete in new: none)",
+    ),
+    "resume from a folder that is no checkpoint": (
+        "--output_dir=new --resume_from_checkpoint=photos",
+        "--resume_from_checkpoint photos",
+        "no checkpoint there",
+    ),
+    "resume from the latest of none over a pipeline": (
+        "--output_dir=exported --resume_from_checkpoint=latest",
+        "--resume_from_checkpoint latest",
+        "exported",
+    ),
+    "resume from elsewhere over another run": (
+        "--output_dir=run --resume_from_checkpoint=elsewhere/checkpoint-3",
+        "--output_dir run",
+        "holds a run",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "names", "says"), REFUSED.values(), ids=REFUSED)
+def test_refused(refuse, flags, names, says):
+    problem = only(refuse(*flags.split()))
+    assert problem.startswith(f"{names}:")
+    assert says in problem
+
+
+ACCEPTED = {
+    "DREAM of what the model predicts": "--dream_training",
+    "polynomial above its end": "--lr_scheduler=polynomial --learning_rate=2e-7",
+    "other schedules from 1e-7": "--lr_scheduler=cosine --learning_rate=1e-7",
+    "a folder as model": f"{BASE}=base",
+    "a revision of a Hub model": "--revision=main",
+    "a configuration of a Hub data set": "--dataset_config_name=en",
+    "a configuration of a folder": "--dataset_name=photos --dataset_config_name=en",
+    "saved rows": "--dataset_name=saved",
+    "a subfolder of a folder": "--dataset_name=photos --train_data_dir=portraits",
+    "a subfolder on the Hub, that is not here": "--dataset_name=owner/name --train_data_dir=portraits",
+    "an output folder that is not empty": "--output_dir=photos",
+    "overwriting a run": "--output_dir=run --overwrite_output_dir",
+    "overwriting a pipeline": "--output_dir=exported --overwrite_output_dir",
+    "overwriting nothing": "--output_dir=new --overwrite_output_dir",
+    "DREAM's exponent in use": "--dream_training --dream_detail_preservation=2",
+    "warm-up in use": "--lr_scheduler=constant_with_warmup --lr_warmup_steps=500",
+    "steps alone": "--max_train_steps=5",
+    "names for a tracker": "--tracker_project_name=x --logging_dir=y",
+}
+
+
+@pytest.mark.parametrize("flags", ACCEPTED.values(), ids=ACCEPTED)
+def test_accepted_without_a_word(accept, flags):
+    assert accept(*flags.split())[1] == []
+
+
+IGNORED = {
+    "--lr_warmup_steps=500": ("--lr_warmup_steps 500", "constant_with_warmup"),
+    "--max_train_steps=5 --num_train_epochs=3": ("--max_train_steps 5", "overrides --num_train_epochs 3"),
+    "--dream_detail_preservation=2": ("--dream_detail_preservation", "changes nothing"),
+    "--validation_epochs=2 --validation_prompts": ("--validation_epochs", "changes nothing"),
+    "--report_to=none --tracker_project_name=x": ("--tracker_project_name", "changes nothing"),
+    "--report_to=none --logging_dir=x": ("--logging_dir", "changes nothing"),
+}
+
+
+@pytest.mark.parametrize(("flags", "notice"), IGNORED.items(), ids=IGNORED)
+def test_a_flag_that_changes_nothing_is_said_to(accept, flags, notice):
+    line = only(accept(*flags.split())[1])
+    assert line.startswith(f"note: {notice[0]}")
+    assert notice[1] in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ("--enable_xformers_memory_efficient_attention", "xformers"),
+        ("--use_8bit_adam", "torchao"),
+        ("--report_to tensorboard", "tensorboard"),
+        ("--report_to wandb", "wandb"),
+        ("--report_to swanlab", "swanlab"),
+    ],
+)
+def test_missing_package_is_named_with_its_remedy(accept, refuse, monkeypatch, flags, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == package else object())
+    problem = only(refuse(*flags.split()))
+    assert problem == f"{flags}: {package} is not installed: pip install {package}"
+    assert accept("--report_to=none")[1] == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    assert accept(*flags.split())[1] == []
+
+
+def test_old_model_id_is_mapped_with_a_notice(accept):
+    args, notices = accept(f"{BASE}=runwayml/stable-diffusion-v1-5")
+    assert args.pretrained_model_name_or_path == HUB
+    assert only(notices).startswith(f"note: {BASE} runwayml/stable-diffusion-v1-5 is gone")
+    assert HUB in notices[0]
+
+
+def test_non_ema_revision_is_the_revision_unless_given(accept):
+    assert accept("--revision=main")[0].non_ema_revision == "main"
+    assert accept("--revision=main", "--non_ema_revision=raw")[0].non_ema_revision == "raw"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "folder"),
+    [
+        ("--train_data_dir=photos", None, "photos"),
+        ("--dataset_name=photos", "photos", None),
+        ("--dataset_name=photos --train_data_dir=portraits", "photos", "portraits"),
+        ("--train_data_dir=portraits --dataset_name=owner/name", "owner/name", "portraits"),
+    ],
+)
+def test_train_data_dir_alone_replaces_dataset_name(accept, flags, name, folder):
+    args = accept(*flags.split())[0]
+    assert (args.dataset_name, args.train_data_dir) == (name, folder)
+
+
+@pytest.mark.parametrize(
+    ("launched", "flag", "rank"),
+    [(None, None, -1), (None, -1, -1), (None, 0, -1), ("0", 0, 0), ("1", None, 1), ("1", -1, 1), ("1", 1, 1)],
+)
+def test_local_rank_comes_from_the_launcher(accept, monkeypatch, launched, flag, rank):
+    if launched is not None:
+        monkeypatch.setenv("LOCAL_RANK", launched)
+    assert accept(*([] if flag is None else [f"--local_rank={flag}"]))[0].local_rank == rank
+
+
+@pytest.mark.parametrize(("launched", "says"), [(None, "LOCAL_RANK is not set"), ("1", "LOCAL_RANK is 1")])
+def test_local_rank_must_be_that_of_the_launcher(refuse, monkeypatch, launched, says):
+    if launched is not None:
+        monkeypatch.setenv("LOCAL_RANK", launched)
+    assert only(refuse("--local_rank=2")).startswith(f"--local_rank 2: {says}")
+
+
+def test_a_problem_that_only_another_rank_has_is_not_kept_silent(refuse, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert only(refuse("--local_rank=0")).startswith("--local_rank 0: LOCAL_RANK is 1")
+
+
+# The checkpoint to resume from
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("run/checkpoint-9", "run/checkpoint-9"),
+        ("run/checkpoint-9/", "run/checkpoint-9"),
+        ("{here}/run/checkpoint-9", "run/checkpoint-9"),
+        ("checkpoint-9", "run/checkpoint-9"),
+        ("checkpoint-9/", "run/checkpoint-9"),
+        ("latest", "run/checkpoint-10"),
+    ],
+)
+def test_checkpoint_is_found(accept, tmp_path, given, found):
+    args, notices = accept("--output_dir=run", f"--resume_from_checkpoint={given.format(here=tmp_path)}")
+    assert Path(args.resume_from_checkpoint).resolve() == (tmp_path / found).resolve()
+    assert notices == []
+
+
+@pytest.mark.parametrize("given", ["elsewhere/checkpoint-3", "elsewhere/best/", "{here}/elsewhere/best"])
+def test_checkpoint_elsewhere_is_not_looked_for_in_the_output_folder(accept, tmp_path, given):
+    args, _ = accept("--output_dir=new", f"--resume_from_checkpoint={given.format(here=tmp_path)}")
+    assert Path(args.resume_from_checkpoint).resolve() == Path(given.format(here=tmp_path)).resolve()
+
+
+def test_latest_passes_over_what_is_no_whole_checkpoint(accept, tmp_path):
+    for name in ("checkpoint-99", "checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
+        (tmp_path / "run" / name).mkdir()
+    for name in ("checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
+        (tmp_path / "run" / name / "trainer_state.json").touch()
+    (tmp_path / "run/checkpoint-200").touch()
+    args, notices = accept("--output_dir=run", "--resume_from_checkpoint=latest")
+    assert args.resume_from_checkpoint == Path("run/checkpoint-10")
+    assert only(notices) == "note: run/checkpoint-99: not a complete checkpoint, left alone"
+
+
+@pytest.mark.parametrize("output", ["new", "photos"])
+def test_latest_of_none_starts_fresh_and_says_so(accept, output):
+    args, notices = accept(f"--output_dir={output}", "--resume_from_checkpoint=latest")
+    assert args.resume_from_checkpoint is None
+    assert f"no checkpoint in {output}, so this run starts fresh" in only(notices)
+
+
+def test_checkpoints_are_listed_oldest_first(tmp_path):
+    (tmp_path / "run/checkpoint-99").mkdir()
+    assert [folder.name for folder in sd_config.checkpoints("run")] == ["checkpoint-9", "checkpoint-10"]
+    assert sd_config.checkpoints("missing") == []
+
+
+@pytest.mark.parametrize("content", [None, "{", b"\xff\xfe"])
+def test_unreadable_state_is_a_message(tmp_path, capsys, content):
+    file = tmp_path / "run/checkpoint-9/trainer_state.json"
+    file.unlink() if content is None else file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as exit_info:
+        sd_config.read_state("run/checkpoint-9", "--checkpoint")
+    assert exit_info.value.code == 2
+    says = "error: --checkpoint run/checkpoint-9: its trainer_state.json cannot be read: "
+    assert capsys.readouterr().err.startswith(says)
+
+
+def state(**changes):
+    return {"seed": 7, "effective batch": 16, "rows": 32, "EMA": False, "step": 6} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 8}, "its seed is 8, this run's is 7"),
+        ({"effective batch": 8}, "its effective batch is 8, this run's is 16"),
+        ({"rows": 31}, "its rows is 31, this run's is 32"),
+        ({"EMA": True}, "its EMA is True, this run's is False"),
+        ({"step": 7}, "at step 7, past the last, 6"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(changes, says):
+    args = sd_config.parse_args(["--num_train_epochs=3", "--output_dir=run", "--resume_from_checkpoint=latest"])
+    plan = sd_config.Plan.of(args, rows=32, processes=1, parameters=1)
+    assert sd_config.resume_problems(state(), args, plan, seed=7) == []
+    assert says in only(sd_config.resume_problems(state(**changes), args, plan, seed=7))
+
+
+# The plan
+
+
+def plan_of(flags, rows, processes=1, parameters=1):
+    return sd_config.Plan.of(sd_config.parse_args(flags.split()), rows, processes, parameters)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "processes", "per_process", "effective", "per_epoch", "steps", "rate"),
+    [
+        ("", 1221, 1, 16, 16, 77, 7700, 1e-4),
+        (
+            "--train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=15000",
+            1221,
+            1,
+            4,
+            4,
+            306,
+            15000,
+            1e-4,
+        ),
+        ("--train_batch_size=2 --gradient_accumulation_steps=3 --scale_lr", 24, 4, 6, 24, 1, 100, 24e-4),
+        ("--train_batch_size=2 --gradient_accumulation_steps=3 --num_train_epochs=3", 25, 4, 6, 24, 2, 6, 1e-4),
+        ("--train_batch_size=4 --num_train_epochs=2 --max_train_steps=7", 3, 1, 4, 4, 1, 7, 1e-4),
+    ],
+)
+def test_plan_counts(flags, rows, processes, per_process, effective, per_epoch, steps, rate):
+    plan = plan_of(flags, rows, processes)
+    assert (plan.rows, plan.processes) == (rows, processes)
+    assert (plan.batch_per_process, plan.effective_batch) == (per_process, effective)
+    assert (plan.steps_per_epoch, plan.max_steps) == (per_epoch, steps)
+    assert plan.learning_rate == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "saves", "validates"),
+    [
+        ("--num_train_epochs=6 --checkpointing_steps=5 --validation_epochs=2", {5, 10, 15, 18}, {3, 9, 15, 18}),
+        ("--num_train_epochs=5 --checkpointing_steps=15 --validation_epochs=2", {15}, {3, 9, 15}),
+        ("--max_train_steps=7 --checkpointing_steps=1 --validation_epochs=1", set(range(1, 8)), {3, 6, 7}),
+        ("--max_train_steps=7 --checkpointing_steps=500 --validation_epochs=100", {7}, {3, 7}),
+        ("--max_train_steps=2", {2}, {2}),
+        ("--max_train_steps=7 --validation_prompts", {7}, set()),
+    ],
+)
+def test_plan_saves_and_validates(flags, saves, validates):
+    """An epoch has three steps here."""
+    plan = plan_of(f"--train_batch_size=4 {flags}", rows=11)
+    steps = range(1, plan.max_steps + 1)
+    assert {step for step in steps if plan.saves_after(step)} == saves
+    assert {step for step in steps if plan.validates_after(step)} == validates
+    lines = dict(line.strip().split("  ", 1) for line in str(plan).splitlines())
+    assert lines["checkpoints"].split(",")[0].strip() == str(len(saves))
+    assert int(lines["validations"]) == len(validates)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept", "each", "together"),
+    [
+        ("--use_ema", 30, 13.75, 412.57),
+        ("--use_ema --use_8bit_adam", 30, 8.60, 257.86),
+        ("", 30, 10.31, 309.43),
+        ("--use_ema --checkpoints_total_limit=2", 2, 13.75, 27.50),
+        ("--use_ema --checkpoints_total_limit=31", 30, 13.75, 412.57),
+    ],
+)
+def test_plan_says_what_the_checkpoints_weigh(flags, kept, each, together):
+    """The tutorial's run, of SD1.5's UNet: float32 weights, two moments (of one byte in 8-bit AdamW), and the EMA."""
+    plan = plan_of(f"--max_train_steps=15000 {flags}", rows=1221, parameters=859_520_964)
+    assert f"30, {kept} of them kept: {each:.2f} GB each, {together:.2f} GB in all" in str(plan)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_plan_gives_every_position_to_one_process_in_order(processes):
+    plan = plan_of("--train_batch_size=2 --gradient_accumulation_steps=3", rows=10, processes=processes)
+    stream = [p for step in range(5) for rank in range(processes) for p in plan.positions(step, rank)]
+    assert stream == list(range(5 * 6 * processes))
+
+
+# The scripts
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """A function that runs a script of ours in a process of its own."""
+
+    def run(script, *flags, **environment):
+        command = [sys.executable, str(ROOT / script), *flags]
+        return subprocess.run(
+            command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+ANSWERS = [
+    ("train_sd1-5_naruto.py", "--help", 0, "--learning_rate X"),
+    ("train_sd1-5_naruto.py", "--learing_rate=1", 2, "did you mean --learning_rate?"),
+    ("infer.py", "--help", 0, "--guidance_scale X"),
+    ("infer.py", "--promt=x", 2, "did you mean --prompt?"),
+]
+
+
+@pytest.mark.parametrize(("script", "flag", "code", "says"), ANSWERS)
+def test_help_and_typos_are_answered_without_slow_imports(shell, tmp_path, script, flag, code, says):
+    for name in ("torch", "torchvision", "numpy", "PIL", "diffusers", "transformers", "accelerate", "datasets"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')", encoding="utf-8")
+    answer = shell(script, flag, PYTHONPATH=str(tmp_path))
+    assert answer.returncode == code
+    assert says in (answer.stderr if code else answer.stdout)
+    assert not (answer.stdout if code else answer.stderr)
+
+
+@pytest.mark.parametrize(("script", "flag", "code", "says"), ANSWERS)
+def test_help_and_typos_are_answered_at_once(shell, script, flag, code, says):
+    def seconds():
+        start = time.perf_counter()
+        assert shell(script, flag).returncode == code
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_sd_config_imports_nothing_but_the_standard_library():
+    tree = ast.parse((ROOT / "sd_config.py").read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "argparse" in names
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names

@@ -1,0 +1,483 @@
+"""Pictures from prompts: what each flag changes, what the PNG says, and what is refused before anything is loaded."""
+
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+import infer
+import sd_config
+import tiny_sd15
+
+PROMPT = "Lebron James with a hat"
+SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+SHORT = ("--train_batch_size=2", "--max_train_steps=1", "--learning_rate=1e-3")
+
+
+class Reached(Exception):
+    """Raised in place of loading a pipeline."""
+
+
+@pytest.fixture
+def draw(assets, tmp_path, monkeypatch):
+    """A function that runs infer.py in this process, in an empty folder, and returns the pictures it wrote."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, model=assets[0], seed=5):
+        flags = [
+            *([] if model is None else [f"--model_path={model}"]),
+            *([] if seed is None else [f"--seed={seed}"]),
+            *("--num_inference_steps=2", "--device=cpu"),
+            *map(str, flags),  # of a flag given twice the last one counts
+        ]
+        args = infer.parse_args(flags)
+        infer.main(args)
+        return [read(path) for path in args.outputs]
+
+    return run
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """A function that runs infer.py, which must end in exit code 2, and returns the problems named, one a line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, load=False):
+        with pytest.raises(SystemExit) as exit_info:
+            args = infer.parse_args([*map(str, flags)])
+            assert load, "parse_args should have refused"
+            infer.main(args)
+        assert exit_info.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        return [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+
+    return run
+
+
+def read(path):
+    """Read a picture: its pixels, its size, and its text."""
+    with Image.open(path) as image:
+        return types.SimpleNamespace(path=path, pixels=image.convert("RGB").tobytes(), size=image.size, text=image.text)
+
+
+def reference(model, unet=None, **scheduler):
+    """The pixels that diffusers itself draws at the settings of `draw`."""
+    parts = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet)}
+    pipeline = StableDiffusionPipeline.from_pretrained(model, **parts)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
+    generator = torch.Generator().manual_seed(5)
+    return pipeline(PROMPT, generator=generator, num_inference_steps=2).images[0].tobytes()
+
+
+def command(text):
+    """The command line that a PNG's text asks for, to draw it again as again.png."""
+    flags = dict(text)
+    flags["scheduler"] = next(name for name, cls in SCHEDULERS.items() if cls == flags["scheduler"])
+    model = flags.pop("model")
+    flags["checkpoint" if Path(model, "trainer_state.json").exists() else "model_path"] = model
+    return [*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png"]
+
+
+def last_checkpoint(result):
+    """The folder of the last checkpoint of a run."""
+    return sd_config.checkpoints(result.output)[-1]
+
+
+def only(items):
+    assert len(items) == 1, items
+    return items[0]
+
+
+# The flags
+
+
+def test_defaults_are_those_of_the_tutorial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sd-naruto-model").mkdir()
+    Path("sd-naruto-model/model_index.json").touch()
+    args = infer.parse_args([])
+    assert (args.model_path, args.prompt, args.outputs) == ("./sd-naruto-model", [PROMPT], [Path("result.png")])
+    assert (args.num_images, args.seed, args.num_inference_steps, args.guidance_scale) == (1, None, 50, 7.5)
+    rest = ("checkpoint", "negative_prompt", "height", "width", "scheduler", "device", "dtype")
+    assert {getattr(args, name) for name in rest} == {None}
+    assert Path(sd_config.build_parser().get_default("output_dir")) == Path(args.model_path)
+
+
+def test_without_flags_the_trained_folder_is_drawn_from(train, draw):
+    train(*SHORT, output="sd-naruto-model")
+    picture = only(draw(model=None))
+    assert picture.path == Path("result.png")
+    assert (picture.text["model"], picture.text["prompt"]) == ("./sd-naruto-model", PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("prompt", "a cup of coffee"),
+        ("negative_prompt", "coffee"),
+        ("seed", "6"),
+        ("num_inference_steps", "3"),
+        ("guidance_scale", "3.0"),
+        ("dtype", "bf16"),
+    ],
+)
+def test_flag_changes_the_picture_and_is_in_its_text(draw, flag, value):
+    plain, changed = only(draw()), only(draw(f"--{flag}={value}"))
+    assert changed.pixels != plain.pixels
+    assert changed.text == plain.text | {flag: value}
+    assert changed.size == plain.size == (64, 64)
+
+
+def test_negative_prompt_needs_guidance(draw):
+    unguided = [only(draw("--guidance_scale=1", *more)).pixels for more in ([], ["--negative_prompt=coffee"])]
+    assert unguided[0] == unguided[1]
+
+
+def test_model_path_chooses_the_model(draw, assets, tmp_path):
+    tiny_sd15.build_model(tmp_path / "other", seed=1)
+    picture = only(draw(model="other"))
+    assert picture.pixels == reference("other") != reference(assets[0]) == only(draw()).pixels
+
+
+def test_height_and_width(draw):
+    picture = only(draw("--height=64", "--width=128"))
+    assert picture.size == (128, 64)
+    assert (picture.text["height"], picture.text["width"]) == ("64", "128")
+
+
+@pytest.mark.parametrize(("name", "used"), SCHEDULERS.items())
+def test_scheduler_loads_and_is_in_the_text(draw, assets, tmp_path, name, used):
+    model = assets[0]
+    if name == "pndm":  # the model's own, so that another one is put in its place
+        model = tmp_path / "model"
+        pipeline = StableDiffusionPipeline.from_pretrained(assets[0])
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.save_pretrained(model)
+        assert only(draw(model=model)).text["scheduler"] == "DDIMScheduler"
+    assert only(draw(f"--scheduler={name}", model=model)).text["scheduler"] == used
+
+
+def test_every_scheduler_is_tried_here():
+    assert infer.SCHEDULERS == SCHEDULERS
+
+
+def test_several_pictures_are_those_drawn_alone(draw):
+    """Picture i of a prompt is drawn with seed + i, whatever is drawn before it."""
+    pictures = draw("--prompt", "a cat", "a dog", "--num_images=2", "--output=new/folder/pet.png")
+    assert [picture.path for picture in pictures] == [Path(f"new/folder/pet-{index}.png") for index in range(4)]
+    assert sorted(Path("new/folder").iterdir()) == [picture.path for picture in pictures]
+    drawn = [(picture.text["prompt"], picture.text["seed"]) for picture in pictures]
+    assert drawn == [("a cat", "5"), ("a cat", "6"), ("a dog", "5"), ("a dog", "6")]
+    for picture, (prompt, seed) in zip(pictures, drawn, strict=True):
+        assert picture.pixels == only(draw(f"--prompt={prompt}", f"--seed={seed}")).pixels
+    assert len({picture.pixels for picture in pictures}) == 4
+
+
+def test_no_seed_draws_another_picture_each_time(draw):
+    one, two = (only(draw(seed=None)) for _ in range(2))
+    assert one.text["seed"] != two.text["seed"]
+    assert one.pixels != two.pixels
+
+
+def test_picture_is_what_diffusers_draws(draw, assets):
+    assert only(draw()).pixels == reference(assets[0])
+
+
+@pytest.mark.parametrize(
+    ("there", "best"), [((), "cpu"), (("cuda",), "cuda"), (("mps",), "mps"), (("cuda", "mps"), "cuda")]
+)
+def test_default_device_is_the_best_there_is(monkeypatch, there, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=device))
+    assert infer.choose_device() == best
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99", "", "hpu"])
+def test_device_that_is_not_there_is_refused(refuse, assets, device):
+    problem = only(refuse(f"--model_path={assets[0]}", f"--device={device}", load=True))
+    assert problem.startswith(f"--device {device}: not usable here")
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "dtype"),
+    [
+        ("cpu", [], torch.float32),
+        ("mps", [], torch.float32),
+        ("cuda", [], torch.float16),
+        ("cuda:1", [], torch.float16),
+        ("cuda", ["--dtype=fp32"], torch.float32),
+        ("cuda", ["--dtype=bf16"], torch.bfloat16),
+        ("cpu", ["--dtype=fp16"], torch.float16),
+    ],
+)
+def test_dtype_is_half_on_cuda_unless_given(monkeypatch, assets, device, flags, dtype):
+    def open_pipeline(args, dtype):
+        raise Reached(dtype)
+
+    monkeypatch.setattr(infer, "choose_device", torch.device)
+    monkeypatch.setattr(infer, "open_pipeline", open_pipeline)
+    with pytest.raises(Reached) as reached:
+        infer.main(infer.parse_args([f"--model_path={assets[0]}", f"--device={device}", *flags]))
+    assert reached.value.args == (dtype,)
+
+
+def test_dtype_is_fp32_on_a_cpu(draw):
+    plain, given = only(draw()), only(draw("--dtype=fp32"))
+    assert plain.text == given.text
+    assert (plain.text["dtype"], plain.text["device"]) == ("fp32", "cpu")
+    assert plain.pixels == given.pixels
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("flags", "subfolder", "prediction_type"),
+    [
+        ([], "unet", "epsilon"),
+        (["--use_ema", "--max_train_steps=2"], "unet_ema", "epsilon"),
+        (["--prediction_type=v_prediction"], "unet", "v_prediction"),
+    ],
+)
+def test_checkpoint_is_drawn_with_its_best_unet_and_prediction_type(
+    train, draw, assets, flags, subfolder, prediction_type
+):
+    folder = last_checkpoint(train(*SHORT, *flags))
+    picture = only(draw(f"--checkpoint={folder}", model=None))
+    assert picture.pixels == reference(assets[0], folder / subfolder, prediction_type=prediction_type)
+    assert picture.text["model"] == str(folder)
+    other = "epsilon" if prediction_type == "v_prediction" else "v_prediction"
+    assert picture.pixels not in (
+        reference(assets[0], prediction_type=prediction_type),
+        reference(assets[0], folder / subfolder, prediction_type=other),
+    )
+    if subfolder == "unet_ema":
+        assert picture.pixels != reference(assets[0], folder / "unet")
+
+
+def test_checkpoint_keeps_its_prediction_type_under_another_scheduler(train, draw, monkeypatch):
+    checkpoint = last_checkpoint(train(*SHORT, "--prediction_type=v_prediction"))
+    loaded, original = [], infer.open_pipeline
+    monkeypatch.setattr(infer, "open_pipeline", lambda *args: loaded.append(original(*args)) or loaded[-1])
+    draw(f"--checkpoint={checkpoint}", "--scheduler=dpm++", model=None)
+    assert only(loaded).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_model_path_overrides_the_base_of_a_checkpoint(train, draw, refuse, assets, tmp_path):
+    tiny_sd15.build_model(tmp_path / "base", seed=1)
+    checkpoint = last_checkpoint(train(*SHORT, model=tmp_path / "base"))
+    on_base, on_other = (only(draw(f"--checkpoint={checkpoint}", model=model)).pixels for model in (None, assets[0]))
+    assert on_base == reference("base", checkpoint / "unet")
+    assert on_other == reference(assets[0], checkpoint / "unet")
+    assert on_base != on_other
+    Path("base").rename("moved")
+    problem = only(refuse(f"--checkpoint={checkpoint}"))
+    assert problem.startswith(f"--model_path {tmp_path / 'base'}: no such folder")
+    assert only(draw(f"--checkpoint={checkpoint}", model="moved")).pixels == on_base
+
+
+def test_base_is_loaded_as_the_checkpoint_says(train, monkeypatch):
+    """Its revision, variant and cache belong to its base; they mean nothing for another one."""
+    checkpoint = last_checkpoint(train(*SHORT))
+    state = sd_config.read_state(checkpoint)
+    base = {"revision": "v2", "variant": "fp16", "cache_dir": "cache"}
+    state |= {"base_model": "owner/base", "args": state["args"] | base}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def from_pretrained(model, **kwargs):
+        raise Reached(model, {name: value for name, value in kwargs.items() if name in base})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    for flags, expected in (([], ("owner/base", base)), (["--model_path=owner/other"], ("owner/other", {}))):
+        with pytest.raises(Reached) as reached:
+            infer.main(infer.parse_args([f"--checkpoint={checkpoint}", "--device=cpu", *flags]))
+        assert reached.value.args == expected
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_checkpoint_without_a_trainers_state_is_refused(refuse, tmp_path, content):
+    (tmp_path / "checkpoint-1").mkdir()
+    if content is not None:
+        (tmp_path / "checkpoint-1/trainer_state.json").write_text(content, encoding="utf-8")
+    assert only(refuse("--checkpoint=checkpoint-1")).startswith("--checkpoint checkpoint-1: ")
+
+
+def test_checkpoint_without_a_unet_is_refused(train, refuse):
+    checkpoint = last_checkpoint(train(*SHORT))
+    shutil.rmtree(checkpoint / "unet")
+    assert only(refuse(f"--checkpoint={checkpoint}", load=True)).startswith(f"--checkpoint {checkpoint}: ")
+
+
+# The PNG
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        (["--height=72", "--width=64", "--guidance_scale=2.5", "--num_inference_steps=3"], "base"),
+        (
+            ["--prompt", 'a cat, "très" nice\nat 木ノ葉 🍥', "a dog", "--negative_prompt=-blurry", "--num_images=2"],
+            "base",
+        ),
+        (["--scheduler=euler_a", "--dtype=bf16"], "base"),
+        (["--scheduler=ddpm", "--guidance_scale=0"], "base"),
+        ([], "checkpoint"),
+        ([], "checkpoint on another base"),
+        (["--seed=4294967295", "--num_images=2"], "base"),
+    ],
+    ids=["settings", "texts", "euler_a in bf16", "ddpm", "checkpoint", "checkpoint on another base", "last seed"],
+)
+def test_picture_can_be_drawn_again_from_its_text(train, draw, assets, tmp_path, flags, model):
+    base = assets[0] if model == "base" else None
+    if model != "base":
+        flags = [*flags, f"--checkpoint={last_checkpoint(train(*SHORT))}"]
+    if model == "checkpoint on another base":
+        base = tmp_path / "other"
+        tiny_sd15.build_model(base, seed=1)
+    for picture in draw(*flags, model=base, seed=None):
+        args = infer.parse_args(command(picture.text))
+        infer.main(args)
+        again = read("again.png")
+        assert again.pixels == picture.pixels
+        assert again.text == picture.text
+
+
+def test_text_holds_every_setting(draw, assets):
+    flags = ("--prompt=a cat", "--negative_prompt=a dog", "--guidance_scale=2", "--height=64", "--width=72")
+    expected = {
+        "prompt": "a cat",
+        "negative_prompt": "a dog",
+        "seed": "5",
+        "num_inference_steps": "2",
+        "guidance_scale": "2.0",
+        "height": "64",
+        "width": "72",
+        "model": str(assets[0]),
+        "scheduler": "PNDMScheduler",
+        "dtype": "fp32",
+        "device": "cpu",
+    }
+    assert expected.items() <= only(draw(*flags)).text.items()
+
+
+def test_single_picture_is_overwritten(draw):
+    Path("result.png").write_text("of before", encoding="utf-8")
+    assert only(draw()).size == (64, 64)
+
+
+@pytest.mark.parametrize("flags", [["--num_images=3"], ["--prompt", "a", "b", "c"]])
+def test_several_pictures_overwrite_nothing(refuse, assets, tmp_path, flags):
+    (tmp_path / "result-1.png").write_text("of before", encoding="utf-8")
+    problem = only(refuse(f"--model_path={assets[0]}", *flags))
+    assert problem.startswith("--output result.png: would overwrite result-1.png;")
+    assert (tmp_path / "result-1.png").read_text(encoding="utf-8") == "of before"
+
+
+@pytest.mark.parametrize("output", ["result.jpg", "result", "folder.png", "file/result.png"])
+def test_output_that_cannot_be_written_is_refused(refuse, assets, tmp_path, output):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert only(refuse(f"--model_path={assets[0]}", f"--output={output}")).startswith(f"--output {output}: ")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("num_images", "0", "at least 1"),
+        ("seed", "-1", "from 0 to 4294967295"),
+        ("seed", "4294967296", "from 0 to 4294967295"),
+        ("num_inference_steps", "0", "at least 1"),
+        ("guidance_scale", "-1", "at least 0"),
+        ("height", "100", "multiple of 8"),
+        ("width", "0", "multiple of 8, at least 8"),
+        ("scheduler", "dpm", "pndm, ddim, ddpm, euler, euler_a, heun, dpm++, unipc"),
+        ("dtype", "fp8", "fp32, fp16, bf16"),
+    ],
+)
+def test_bad_value_is_named_with_what_is_allowed(refuse, flag, value, allowed):
+    problem = only(refuse(f"--{flag}={value}"))
+    assert problem.startswith(f"--{flag} {value}: must be ")
+    assert allowed in problem
+
+
+def test_all_problems_are_reported_together(refuse):
+    problems = refuse("--seed=-1", "--height=9", "--promt=x")
+    assert sorted(problem.split()[0] for problem in problems) == ["--height", "--promt:", "--seed"]
+    assert "--promt: no such flag; did you mean --prompt?" in problems
+    problems = refuse("--model_path=nope", "--output=result.jpg")
+    assert sorted(problem.split()[0] for problem in problems) == ["--model_path", "--output"]
+
+
+@pytest.mark.parametrize("model", ["./nope", "/nope", "nope", "tests/nope", "../tests/nope", "a/b/c", "nope/"])
+def test_missing_folder_is_never_looked_for_on_the_hub(refuse, tmp_path, monkeypatch, model):
+    def from_pretrained(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    (tmp_path / "tests").mkdir()
+    assert only(refuse(f"--model_path={model}", load=True)).startswith(f"--model_path {model}: no such folder")
+    with pytest.raises(Reached):
+        infer.main(infer.parse_args(["--model_path=owner/name", "--device=cpu"]))
+
+
+def test_hub_model_that_cannot_be_had_is_a_message(refuse):
+    problem = only(refuse("--model_path=owner/name", "--device=cpu", load=True))
+    assert problem.startswith("--model_path owner/name: ")
+    assert "check name and network, or give a local folder" in problem
+
+
+def test_folder_of_an_unfinished_run_suggests_its_last_checkpoint(refuse, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "trainer_state.json").touch()
+    (tmp_path / "run/checkpoint-11").mkdir()
+    problems = refuse("--model_path=run")
+    assert problems[0].startswith("--model_path run: no model_index.json")
+    assert problems[1].endswith(f"--checkpoint {Path('run/checkpoint-10')}")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_model_folder_without_one_of_its_parts_is_a_message(refuse, assets, tmp_path, part):
+    shutil.copytree(assets[0], tmp_path / "model", ignore=lambda *_: [part])
+    problem = only(refuse("--model_path=model", "--device=cpu", load=True))
+    assert problem.startswith("--model_path model: ")
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_weights_cut_short_are_a_message(refuse, assets, tmp_path, file):
+    shutil.copytree(assets[0], tmp_path / "model")
+    (tmp_path / "model" / file).write_bytes((assets[0] / file).read_bytes()[:1000])
+    problem = only(refuse("--model_path=model", "--device=cpu", load=True))
+    assert problem.startswith("--model_path model: ")
+
+
+# The tutorial
+
+
+def test_snippet_of_the_tutorial_draws_the_same_picture(train, draw):
+    output = train(*SHORT, "--use_ema").output
+    torch.manual_seed(5)
+    pipe = StableDiffusionPipeline.from_pretrained(output, torch_dtype=torch.float32)
+    pipe = pipe.to("cpu")
+    torch.manual_seed(5)
+    image = pipe(PROMPT, num_inference_steps=2).images[0]
+    image.save("snippet.png")
+    assert read("snippet.png").pixels == only(draw(model=output)).pixels
