@@ -60,8 +60,9 @@ def stop(problems):
     """Print every problem on standard error, one a line, and exit with code 2. Nothing happens if there are none."""
     if not problems:
         return
-    if os.environ.get("RANK", "0") == "0":  # one message from a distributed launch, not one per process
-        for problem in problems:
+    for problem in problems:
+        # Of the processes of one launch, which find the same problems, the first speaks; each knows its own LOCAL_RANK.
+        if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" in problem:
             print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -474,21 +475,29 @@ def resolve_output(args, problems, notices):
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         problems.append(f"--output_dir {output}: is a file")
+    subfolder = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
     inputs = {
-        f"--{flag}": getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir")
+        "--pretrained_model_name_or_path": args.pretrained_model_name_or_path,
+        "--dataset_name": args.dataset_name,
     }
-    for name, folder in {"the folder of the scripts": os.path.dirname(__file__), **inputs}.items():
-        if folder is not None and os.path.isdir(folder) and output.resolve() == Path(folder).resolve():
+    inputs |= {"--train_data_dir": subfolder, "the folder of the scripts": os.path.dirname(__file__)}
+    for name, folder in inputs.items():
+        if folder and os.path.isdir(folder) and output.resolve() == Path(folder).resolve():
             problems.append(f"--output_dir {output}: is {name} itself; choose another folder")
     if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
         problems.append(
             f"--logging_dir {args.logging_dir}: must lie inside the output folder (SWANLAB_LOG_DIR need not)"
         )
-    if args.resume_from_checkpoint is not None:
+
+    fresh = args.resume_from_checkpoint is None
+    if not fresh:
         if args.overwrite_output_dir:
             problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
         args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, output, problems, notices)
-    elif not args.overwrite_output_dir and (checkpoints(output) or (output / "model_index.json").exists()):
+    holds_a_run = checkpoints(output) or (output / "model_index.json").exists()
+    checkpoint = args.resume_from_checkpoint
+    elsewhere = checkpoint is not None and checkpoint.resolve().parent != output.resolve()
+    if holds_a_run and (fresh or elsewhere) and not args.overwrite_output_dir:
         problems.append(
             f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
             "--overwrite_output_dir to delete it, or choose another folder"
@@ -496,26 +505,35 @@ def resolve_output(args, problems, notices):
 
 
 def find_checkpoint(wanted, output, problems, notices):
-    """Return the folder that --resume_from_checkpoint means, or None where `latest` finds none."""
+    """Return the folder that --resume_from_checkpoint means, or None where there is none."""
     complete = checkpoints(output)
-    if wanted == "latest":
-        incomplete = [folder for folder in numbered_folders(output) if folder not in complete]
-        notices.extend(f"{folder}: not a complete checkpoint, left alone" for folder in incomplete)
-        if not complete:
-            notices.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, so this run starts fresh")
-        return complete[-1] if complete else None
-    for folder in (Path(wanted), output / wanted):
-        if is_complete(folder):
-            return folder
-    known = ", ".join(folder.name for folder in complete) or "none"
-    problems.append(f"--resume_from_checkpoint {wanted}: no checkpoint there (complete in {output}: {known})")
+    if wanted != "latest":
+        for folder in (output / wanted, Path(wanted)):
+            if is_complete(folder):
+                return folder
+        known = ", ".join(folder.name for folder in complete) or "none"
+        problems.append(f"--resume_from_checkpoint {wanted}: no checkpoint there (complete in {output}: {known})")
+        return None
+    incomplete = [folder for folder in numbered_folders(output) if folder not in complete]
+    notices.extend(f"{folder}: not a complete checkpoint, left alone" for folder in incomplete)
+    if complete:
+        return complete[-1]
+    if (output / "model_index.json").exists():
+        problems.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, only an exported pipeline")
+    else:
+        notices.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, so this run starts fresh")
     return None
 
 
 def is_local(name):
-    """Say whether a model or data set name means a path: anything but owner/name with no folder called owner."""
+    """Say whether a model or data set name means a path: anything but owner/name with no folder called owner.
+
+    SD1.5's own id is never a path: its owner's name is that of the folder which the tutorial has people unpack.
+    """
     name = str(name)
-    return os.path.exists(name) or HUB_ID.fullmatch(name) is None or os.path.isdir(os.path.dirname(name))
+    if os.path.exists(name) or HUB_ID.fullmatch(name) is None:
+        return True
+    return os.path.isdir(os.path.dirname(name)) and name not in MOVED_MODELS.values()
 
 
 def is_saved_dataset(folder):

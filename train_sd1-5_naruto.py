@@ -74,7 +74,7 @@ def main(args):
     plan = Plan.of(args, len(rows), accelerator.num_processes, count_parameters(args))
     if saved:
         stop(resume_problems(saved, args, plan, seed))
-    accelerator.print(f"The run, on {accelerator.device} in precision {accelerator.mixed_precision}:\n{plan}")
+    accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
     if args.dry_run:
         return
 
@@ -382,9 +382,9 @@ def load_run(args, plan, seed, accelerator, noise_scheduler):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     unet.to(accelerator.device)
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(ema_unet.to(accelerator.device).parameters(), foreach=True)
+    ema = EMAModel(ema_unet.parameters(), foreach=True) if args.use_ema else None
+    if ema:
+        ema.to(accelerator.device)
 
     optimizer = create_optimizer(args, plan, unet)
     # The rate of a step is a function of its number: the schedule is never advanced, saved or handed to accelerate.
@@ -469,7 +469,7 @@ def restore(run, saved):
     """Bring the run to where a checkpoint was saved; its UNets were loaded with the models."""
     folder = run.args.resume_from_checkpoint
     # Only the moments: flags such as --adam_weight_decay are this run's own.
-    moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    moments = torch.load(folder / "optimizer.pt", map_location=run.accelerator.device, weights_only=True)
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     if run.ema:
         run.ema.optimization_step = saved["ema_step"]
@@ -620,10 +620,7 @@ class Progress:
     def __init__(self, run):
         self.run, self.pending = run, []
         self.bar = tqdm(
-            total=run.plan.max_steps,
-            initial=run.step,
-            desc="Steps",
-            disable=not run.accelerator.is_local_main_process,
+            total=run.plan.max_steps, initial=run.step, desc="Steps", disable=not run.accelerator.is_local_main_process
         )
         self.restart_clock()
 
@@ -652,12 +649,15 @@ class Progress:
                     f"error: the loss of step {step} is {loss}; the last checkpoint: {kept[-1] if kept else 'none'}"
                 )
         run.loss = loss
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{metrics['lr']:.2e}", images_per_sec=f"{images_per_sec:.2f}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {metrics['lr']:.2e}, {images_per_sec:.1f} images/s")
         self.pending = []
         self.restart_clock()
 
     def close(self):
+        """Take the bar off, and say how much memory a GPU had to have."""
         self.bar.close()
+        if self.run.accelerator.device.type == "cuda":
+            self.run.accelerator.print(f"Peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 # ------------------------------------------------------------------------------------------------------------

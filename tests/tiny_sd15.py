@@ -154,11 +154,7 @@ def write_tokenizer(folder):
     }
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    for name, content in {
-        "vocab": vocabulary,
-        "special_tokens_map": special,
-        "tokenizer_config": config,
-    }.items():
+    for name, content in {"vocab": vocabulary, "special_tokens_map": special, "tokenizer_config": config}.items():
         (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
