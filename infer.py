@@ -9,6 +9,18 @@ from pathlib import Path
 
 import sd_config
 
+# The well-known samplers, by the names that people know them by; values are classes of diffusers.
+SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
 
 def parse_args(argv=None):
     """Parse and check the command line; every problem is named, and any ends the process with exit code 2.
@@ -50,30 +62,16 @@ def parse_args(argv=None):
     return args
 
 
-# The well-known samplers, by the names that people know them by; values are classes of diffusers.
-SCHEDULERS = {
-    "pndm": "PNDMScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
-
 def resolve(args, given, problems):
     """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
-    args.base = {}
+    args.base, args.origin = {}, {"model_path": args.model_path}
     if args.checkpoint is not None:
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
-        args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
         args.prediction_type = saved["prediction_type"]
-        if "model_path" in given:  # the base has moved since
-            args.base = {}
-        else:
-            args.model_path = saved["base_model"]
+        args.origin["checkpoint"] = args.checkpoint
+        if "model_path" not in given:  # otherwise the base has moved since
+            args.model_path, args.origin["model_path"] = saved["base_model"], None
+            args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
         problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
         finished = sd_config.checkpoints(args.model_path)
@@ -84,6 +82,8 @@ def resolve(args, given, problems):
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     if output.suffix.lower() != ".png":
         problems.append(f"--output {output}: must end in .png, whose text holds the settings")
+    elif any(path.is_dir() for path in args.outputs) or any(path.is_file() for path in output.parents):
+        problems.append(f"--output {output}: a folder of that name, or a file of the name of its folder, is in the way")
     existing = ", ".join(str(path) for path in args.outputs if path.exists())
     if count > 1 and existing:
         problems.append(f"--output {output}: would overwrite {existing}; move them away, or choose another name")
@@ -96,6 +96,7 @@ import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -113,16 +114,16 @@ def main(args):
         settings = {
             "prompt": args.prompt[index // args.num_images],
             "negative_prompt": args.negative_prompt,
-            "seed": first_seed + index % args.num_images,
+            "seed": (first_seed + index % args.num_images) % 2**32,
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale,
             "height": args.height or size,
             "width": args.width or size,
         }
         image = sample(pipeline, **settings)
-        origin = {"model": args.checkpoint or args.model_path, "scheduler": type(pipeline.scheduler).__name__}
+        drawn_by = {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "device": device}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image, path, {**settings, **origin, "dtype": dtype, "device": str(device)})
+        save_png(image, path, settings | args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
 
 
@@ -132,7 +133,7 @@ def choose_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with CUDA" by assertion
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has a way of its own for each device
         return sd_config.stop([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
 
 
@@ -166,7 +167,7 @@ def load(loader, flag, model, **kwargs):
     """
     try:
         return loader(model, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
         return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"])
 

@@ -445,12 +445,20 @@ def resolve_model(args, problems, notices):
 
 
 def pipeline_problems(flag, folder):
-    """Name what keeps a local folder from being a diffusers pipeline."""
+    """Name what keeps a local folder from being a diffusers pipeline: no index, or parts that the index lists."""
+    index = Path(folder, "model_index.json")
     if not os.path.isdir(folder):
         return [f"{flag} {folder}: no such folder (a Hub model is written owner/name)"]
-    if not os.path.isfile(os.path.join(folder, "model_index.json")):
+    if not index.is_file():
         return [f"{flag} {folder}: no model_index.json in it, so it is not a diffusers pipeline"]
-    return []
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{flag} {folder}: its model_index.json cannot be read: {error}"]
+    # A part is written as [library, class], or [null, null] where there is none.
+    parts = [name for name, value in parts if isinstance(value, list) and value and value[0] is not None]
+    missing = ", ".join(name for name in parts if not Path(folder, name).is_dir())
+    return [f"{flag} {folder}: its model_index.json lists {missing}, which is not there"] if missing else []
 
 
 def resolve_data(args, given, problems):
@@ -566,8 +574,11 @@ def checkpoints(output_dir):
 def read_state(folder, flag="--resume_from_checkpoint"):
     """Return the trainer's state kept in a checkpoint folder, as the dictionary that was saved."""
     try:
-        return json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+        if not {"step", "seed", "base_model", "prediction_type", "args"} <= state.keys():
+            raise ValueError("it is not one that this trainer wrote")
+        return state
+    except (OSError, ValueError, AttributeError) as error:
         return stop([f"{flag} {folder}: its trainer_state.json cannot be read: {error}"])
 
 

@@ -113,6 +113,7 @@ def world(tmp_path, monkeypatch):
         "exported/model_index.json",
         "elsewhere/checkpoint-3/trainer_state.json",
         "elsewhere/best/trainer_state.json",
+        "checkpoint-9/trainer_state.json",
     ):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}", encoding="utf-8")
@@ -198,7 +199,7 @@ def test_command_of_the_tutorial_parses_unchanged(accept):
 
 def test_defaults_can_be_edited_in_the_file(tmp_path, capsys):
     (tmp_path / "stable-diffusion-v1-5").mkdir()
-    (tmp_path / "stable-diffusion-v1-5/model_index.json").touch()
+    (tmp_path / "stable-diffusion-v1-5/model_index.json").write_text("{}", encoding="utf-8")
     (tmp_path / "naruto-blip-captions").mkdir()
     text = (ROOT / "sd_config.py").read_text(encoding="utf-8")
     for name in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"):
@@ -469,6 +470,11 @@ REFUSED = {
         "--resume_from_checkpoint latest",
         "exported",
     ),
+    "resume from elsewhere over a pipeline": (
+        "--output_dir=exported --resume_from_checkpoint=elsewhere/checkpoint-3",
+        "--output_dir exported",
+        "holds a run",
+    ),
     "resume from elsewhere over another run": (
         "--output_dir=run --resume_from_checkpoint=elsewhere/checkpoint-3",
         "--output_dir run",
@@ -482,6 +488,12 @@ def test_refused(refuse, flags, names, says):
     problem = only(refuse(*flags.split()))
     assert problem.startswith(f"{names}:")
     assert says in problem
+
+
+def test_output_among_the_scripts_is_refused(refuse):
+    """Overwriting and exporting would replace the README.md that lies there."""
+    problem = only(refuse(f"--output_dir={ROOT}", "--overwrite_output_dir"))
+    assert problem.startswith(f"--output_dir {ROOT}: is the folder of the scripts")
 
 
 ACCEPTED = {
@@ -545,6 +557,29 @@ def test_missing_package_is_named_with_its_remedy(accept, refuse, monkeypatch, f
     assert accept("--report_to=none")[1] == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
     assert accept(*flags.split())[1] == []
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("", "its model_index.json cannot be read"),
+        ("[]", "its model_index.json cannot be read"),
+        (
+            '{"_class_name": "P", "unet": ["diffusers", "A"], "vae": ["diffusers", "B"]}',
+            "lists vae, which is not there",
+        ),
+        ('{"unet": ["diffusers", "A"], "safety_checker": [null, null], "requires_safety_checker": true}', None),
+    ],
+)
+def test_model_folder_must_hold_what_its_index_lists(accept, refuse, tmp_path, index, says):
+    (tmp_path / "base/unet").mkdir()
+    (tmp_path / "base/model_index.json").write_text(index, encoding="utf-8")
+    if says is None:
+        assert accept(f"{BASE}=base")[1] == []
+    else:
+        problem = only(refuse(f"{BASE}=base"))
+        assert problem.startswith(f"{BASE} base: ")
+        assert says in problem
 
 
 def test_old_model_id_is_mapped_with_a_notice(accept):
@@ -646,10 +681,10 @@ def test_checkpoints_are_listed_oldest_first(tmp_path):
     assert sd_config.checkpoints("missing") == []
 
 
-@pytest.mark.parametrize("content", [None, "{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, b"{", b"{}", b"[]", b"\xff\xfe"])
 def test_unreadable_state_is_a_message(tmp_path, capsys, content):
     file = tmp_path / "run/checkpoint-9/trainer_state.json"
-    file.unlink() if content is None else file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(SystemExit) as exit_info:
         sd_config.read_state("run/checkpoint-9", "--checkpoint")
     assert exit_info.value.code == 2

@@ -87,8 +87,6 @@ def command(text):
     """The command line that a PNG's text asks for, to draw it again as again.png."""
     flags = dict(text)
     flags["scheduler"] = next(name for name, cls in SCHEDULERS.items() if cls == flags["scheduler"])
-    model = flags.pop("model")
-    flags["checkpoint" if Path(model, "trainer_state.json").exists() else "model_path"] = model
     return [*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png"]
 
 
@@ -108,7 +106,7 @@ def only(items):
 def test_defaults_are_those_of_the_tutorial(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sd-naruto-model").mkdir()
-    Path("sd-naruto-model/model_index.json").touch()
+    Path("sd-naruto-model/model_index.json").write_text("{}", encoding="utf-8")
     args = infer.parse_args([])
     assert (args.model_path, args.prompt, args.outputs) == ("./sd-naruto-model", [PROMPT], [Path("result.png")])
     assert (args.num_images, args.seed, args.num_inference_steps, args.guidance_scale) == (1, None, 50, 7.5)
@@ -121,7 +119,7 @@ def test_without_flags_the_trained_folder_is_drawn_from(train, draw):
     train(*SHORT, output="sd-naruto-model")
     picture = only(draw(model=None))
     assert picture.path == Path("result.png")
-    assert (picture.text["model"], picture.text["prompt"]) == ("./sd-naruto-model", PROMPT)
+    assert (picture.text["model_path"], picture.text["prompt"]) == ("./sd-naruto-model", PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +258,7 @@ def test_checkpoint_is_drawn_with_its_best_unet_and_prediction_type(
     folder = last_checkpoint(train(*SHORT, *flags))
     picture = only(draw(f"--checkpoint={folder}", model=None))
     assert picture.pixels == reference(assets[0], folder / subfolder, prediction_type=prediction_type)
-    assert picture.text["model"] == str(folder)
+    assert picture.text["checkpoint"] == str(folder)
     other = "epsilon" if prediction_type == "v_prediction" else "v_prediction"
     assert picture.pixels not in (
         reference(assets[0], prediction_type=prediction_type),
@@ -367,7 +365,7 @@ def test_text_holds_every_setting(draw, assets):
         "guidance_scale": "2.0",
         "height": "64",
         "width": "72",
-        "model": str(assets[0]),
+        "model_path": str(assets[0]),
         "scheduler": "PNDMScheduler",
         "dtype": "fp32",
         "device": "cpu",

@@ -121,7 +121,7 @@ def test_a_checkpoint_holds_what_the_design_says(train):
         UNet2DConditionModel.from_pretrained(folder / part)
 
 
-def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch):
+def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch, tmp_path):
     flags = ("--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
     original = torch.save
 
@@ -133,6 +133,7 @@ def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train(*flags)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(torch, "save", original)
     run = train(*flags, "--resume_from_checkpoint=latest")
     assert list(run.logs) == [2, 3]
