@@ -78,6 +78,9 @@ def resolve(args, given, problems):
         if problems and finished:
             problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {finished[-1]}")
 
+    if args.negative_prompt is not None and args.guidance_scale <= 1:
+        problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")
+
     output, count = Path(args.output), args.num_images * len(args.prompt)
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     if output.suffix.lower() != ".png":

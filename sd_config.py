@@ -17,8 +17,11 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-PIPELINE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
+MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
+# What a run writes into its output folder, besides checkpoints and logs.
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+OUTPUT = (*PARTS, "model_index.json", "README.md", "samples")
 # The optional packages, by the flag value that needs them, and what `pip install` calls them.
 PACKAGES = {
     "report_to swanlab": "swanlab",
@@ -419,7 +422,11 @@ def ignored_flags(args, given):
 
 def resolve_rank(args, problems):
     """Take the rank from the launcher's environment; a flag that contradicts it means a broken launch."""
-    rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    value = os.environ.get("LOCAL_RANK", "-1")
+    if not re.fullmatch(r"-1|\d+", value):
+        problems.append(f"LOCAL_RANK {value!r}: a launcher sets it to a whole number; unset it")
+        return
+    rank = int(value)
     if args.local_rank not in (-1, max(rank, 0)):
         problems.append(
             f"--local_rank {args.local_rank}: LOCAL_RANK is {rank if rank >= 0 else 'not set'}; leave it out"
@@ -481,8 +488,8 @@ def resolve_data(args, given, problems):
 def resolve_output(args, problems, notices):
     """Refuse to write where no run may write, or over another run; find the checkpoint to resume from."""
     output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        problems.append(f"--output_dir {output}: is a file")
+    if not args.output_dir or (output.exists() and not output.is_dir()):
+        problems.append(f"--output_dir {args.output_dir}: must be a folder, there already or not")
     subfolder = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
     inputs = {
         "--pretrained_model_name_or_path": args.pretrained_model_name_or_path,
@@ -504,7 +511,7 @@ def resolve_output(args, problems, notices):
         args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, output, problems, notices)
     holds_a_run = checkpoints(output) or (output / "model_index.json").exists()
     checkpoint = args.resume_from_checkpoint
-    elsewhere = checkpoint is not None and checkpoint.resolve().parent != output.resolve()
+    elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
     if holds_a_run and (fresh or elsewhere) and not args.overwrite_output_dir:
         problems.append(
             f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
@@ -536,12 +543,12 @@ def find_checkpoint(wanted, output, problems, notices):
 def is_local(name):
     """Say whether a model or data set name means a path: anything but owner/name with no folder called owner.
 
-    SD1.5's own id is never a path: its owner's name is that of the folder which the tutorial has people unpack.
+    The tutorial's own two ids are never paths: the model's owner has the name of the folder that it has people unpack.
     """
     name = str(name)
     if os.path.exists(name) or HUB_ID.fullmatch(name) is None:
         return True
-    return os.path.isdir(os.path.dirname(name)) and name not in MOVED_MODELS.values()
+    return os.path.isdir(os.path.dirname(name)) and name not in (MODEL, DATA)
 
 
 def is_saved_dataset(folder):
@@ -552,6 +559,11 @@ def is_saved_dataset(folder):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints on disk
 # ------------------------------------------------------------------------------------------------------------
+
+
+def is_ours(name):
+    """Say whether a run writes a file or folder of this name into its output folder, besides its logs."""
+    return name in OUTPUT or CHECKPOINT_NAME.fullmatch(name) is not None
 
 
 def numbered_folders(output_dir):

@@ -13,7 +13,7 @@ weights, optimizer state and EMA are float32.
 in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, resolution / 8, resolution / 8).
 """
 
-from sd_config import CHECKPOINT_NAME, PIPELINE_PARTS, Plan, checkpoints, parse_args, read_state, resume_problems, stop
+from sd_config import Plan, checkpoints, is_ours, is_saved_dataset, parse_args, read_state, resume_problems, stop
 
 if __name__ == "__main__":
     ARGS = parse_args()  # answers --help and typos before the slow imports below
@@ -186,7 +186,7 @@ def read_dataset(args):
         if name is None:
             files = {"train": os.path.join(args.train_data_dir, "**")}
             splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
-        elif any(os.path.isfile(os.path.join(name, mark)) for mark in ("dataset_dict.json", "state.json")):
+        elif is_saved_dataset(name):
             splits = datasets.load_from_disk(name)
         else:
             splits = datasets.load_dataset(
@@ -485,8 +485,7 @@ def prepare_output(run):
     if run.accelerator.is_main_process:
         if run.args.overwrite_output_dir:
             for path in output.iterdir() if output.is_dir() else ():
-                ours = ("model_index.json", "README.md", "samples", run.args.logging_dir, *PIPELINE_PARTS)
-                if path.name in ours or CHECKPOINT_NAME.fullmatch(path.name):
+                if is_ours(path.name) or path.name == run.args.logging_dir:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         output.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()

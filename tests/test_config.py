@@ -842,3 +842,25 @@ def test_sd_config_imports_nothing_but_the_standard_library():
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "argparse" in names
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_checkpoint_on_another_disk_is_of_this_run(accept, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/checkpoint-3").symlink_to(tmp_path / "elsewhere/checkpoint-3")
+    assert accept("--output_dir=new", "--resume_from_checkpoint=latest")[0].resume_from_checkpoint
+
+
+@pytest.mark.parametrize("value", ["", "one"])
+def test_local_rank_that_is_no_number_is_a_message(refuse, monkeypatch, value):
+    monkeypatch.setenv("LOCAL_RANK", value)
+    assert only(refuse()).startswith(f"LOCAL_RANK {value!r}: ")
+
+
+@pytest.mark.parametrize("folder", ["", ".", "unet", "samples/logs", "checkpoint-5", "/tmp/logs"])
+def test_logs_have_a_folder_of_their_own(refuse, folder):
+    assert only(refuse(f"--logging_dir={folder}")).startswith(f"--logging_dir {folder}: must be a folder of its own")
+
+
+def test_default_data_is_on_the_hub_whatever_lies_in_the_folder(accept, tmp_path):
+    (tmp_path / "lambdalabs").mkdir()
+    assert accept()[0].dataset_name == "lambdalabs/naruto-blip-captions"

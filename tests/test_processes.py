@@ -32,11 +32,11 @@ python train_sd1-5_naruto.py \
 
 
 def start(command, folder, **environment):
-    """Run a command in `folder`, on one thread so that results can be compared, and return what it printed."""
+    """Run a command in `folder`, and return what it printed."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
