@@ -19,6 +19,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
+# What a checkpoint's trainer_state.json holds.
+STATE = {"step", "seed", "effective_batch", "rows", "use_ema", "ema_step", "scaler", "loss"}
+STATE |= {"prediction_type", "base_model", "args"}
 # What a run writes into its output folder, besides checkpoints and logs.
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 OUTPUT = (*PARTS, "model_index.json", "README.md", "samples")
@@ -64,8 +67,8 @@ def stop(problems):
     if not problems:
         return
     for problem in problems:
-        # Of the processes of one launch, which find the same problems, the first speaks; each knows its own LOCAL_RANK.
-        if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" in problem:
+        # Of the processes on one machine, which find the same problems, the first speaks for all.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_RANK" in problem:
             print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -228,7 +231,11 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
         "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention."
     )
     group.add_argument(
-        "--local_rank", type=integer(-1), default=-1, help="Accepted from launchers; must be LOCAL_RANK."
+        "--local_rank",
+        "--local-rank",
+        type=integer(-1),
+        default=-1,
+        help="Accepted from launchers; must be LOCAL_RANK.",
     )
 
     group = parser.add_argument_group("checkpoints")
@@ -486,8 +493,12 @@ def resolve_data(args, given, problems):
 
 
 def resolve_output(args, problems, notices):
-    """Refuse to write where no run may write, or over another run; find the checkpoint to resume from."""
-    output = Path(args.output_dir)
+    """Find the checkpoint to resume from, and refuse to write where no run may write."""
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted is not None:
+        if args.overwrite_output_dir:
+            problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
+        args.resume_from_checkpoint = find_checkpoint(wanted, output, problems, notices)
     if not args.output_dir or (output.exists() and not output.is_dir()):
         problems.append(f"--output_dir {args.output_dir}: must be a folder, there already or not")
     subfolder = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
@@ -496,26 +507,32 @@ def resolve_output(args, problems, notices):
         "--dataset_name": args.dataset_name,
     }
     inputs |= {"--train_data_dir": subfolder, "the folder of the scripts": os.path.dirname(__file__)}
-    for name, folder in inputs.items():
-        if folder and os.path.isdir(folder) and output.resolve() == Path(folder).resolve():
-            problems.append(f"--output_dir {output}: is {name} itself; choose another folder")
-    if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
-        problems.append(
-            f"--logging_dir {args.logging_dir}: must lie inside the output folder (SWANLAB_LOG_DIR need not)"
-        )
+    taken = [name for name, folder in inputs.items() if folder and output.resolve() == Path(folder).resolve()]
+    problems.extend(f"--output_dir {output}: is {name} itself; choose another folder" for name in taken)
+    if args.output_dir and not taken:
+        problems.extend(conflicts(output, wanted is None, args.resume_from_checkpoint, args.overwrite_output_dir))
+    inside = Path(args.logging_dir).parts
+    if not inside or inside[0] == "/" or ".." in inside or is_ours(inside[0]):
+        problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
 
-    fresh = args.resume_from_checkpoint is None
-    if not fresh:
-        if args.overwrite_output_dir:
-            problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
-        args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, output, problems, notices)
-    holds_a_run = checkpoints(output) or (output / "model_index.json").exists()
-    checkpoint = args.resume_from_checkpoint
+
+def conflicts(output, fresh, checkpoint, overwrite):
+    """Say which run, or what else, a run would write over that goes on from `checkpoint` or is `fresh`."""
+    complete = checkpoints(output)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
-    if holds_a_run and (fresh or elsewhere) and not args.overwrite_output_dir:
-        problems.append(
+    if not complete and not (output / "model_index.json").exists():
+        foreign = ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists())
+        if foreign:
+            yield f"--output_dir {output}: holds {foreign}, of no run; choose another folder"
+    elif (fresh or elsewhere) and not overwrite:
+        yield (
             f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
             "--overwrite_output_dir to delete it, or choose another folder"
+        )
+    elif checkpoint is not None and not elsewhere and checkpoint.name != complete[-1].name:
+        yield (
+            f"--resume_from_checkpoint {checkpoint}: {output} holds later ones, up to {complete[-1].name}; "
+            "resume from latest, delete them, or choose another --output_dir"
         )
 
 
@@ -587,7 +604,7 @@ def read_state(folder, flag="--resume_from_checkpoint"):
     """Return the trainer's state kept in a checkpoint folder, as the dictionary that was saved."""
     try:
         state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-        if not {"step", "seed", "base_model", "prediction_type", "args"} <= state.keys():
+        if not state.keys() >= STATE:
             raise ValueError("it is not one that this trainer wrote")
         return state
     except (OSError, ValueError, AttributeError) as error:
@@ -680,10 +697,15 @@ class Plan:
 
 def resume_problems(saved, args, plan, seed):
     """Compare the run that a checkpoint belongs to with this one: what must agree for the stream to go on."""
-    current = {"seed": seed, "effective batch": plan.effective_batch, "rows": plan.rows, "EMA": args.use_ema}
+    flags = {
+        "seed": ("--seed", seed),
+        "effective_batch": ("--train_batch_size, --gradient_accumulation_steps", plan.effective_batch),
+        "rows": ("--dataset_name, --train_data_dir, --max_train_samples", plan.rows),
+        "use_ema": ("--use_ema", args.use_ema),
+    }
     problems = [
-        f"--resume_from_checkpoint {args.resume_from_checkpoint}: its {name} is {saved[name]}, this run's is {value}"
-        for name, value in current.items()
+        f"{flag}: {name} is {value}, but {saved[name]} in the run that --resume_from_checkpoint goes on with"
+        for name, (flag, value) in flags.items()
         if saved[name] != value
     ]
     if saved["step"] > plan.max_steps:

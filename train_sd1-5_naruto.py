@@ -21,7 +21,9 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -41,7 +43,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -55,7 +57,7 @@ from transformers import CLIPTokenizer
 import infer
 
 EXPERIMENT_NAME = "SD1-5_火影忍者"
-LOG_EVERY = 10  # steps between two readings of the metrics, the only times the host waits for the device
+LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
 VALIDATION_STEPS = 20  # denoising steps of a validation picture
 GUIDANCE_SCALE = 7.5
 
@@ -67,7 +69,7 @@ def main(args):
     saved = read_state(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     seed = choose_seed(args, saved, accelerator)
 
-    # Everything that can be wrong is found here, before any weights are loaded.
+    # What can be known without the weights is checked before they are loaded.
     tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
     noise_scheduler = load_noise_scheduler(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
@@ -81,8 +83,8 @@ def main(args):
     run = load_run(args, plan, seed, accelerator, noise_scheduler)
     if saved:
         restore(run, saved)
-    prepare_output(run)
     start_tracker(run)
+    prepare_output(run)
     train(run, rows, tokenizer)
     export(run)
     accelerator.end_training()
@@ -104,13 +106,15 @@ def create_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        # The others wait while the first downloads, validates and saves: ten minutes, the usual limit, may be too few.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
     )
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word.
         problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
-    single = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in single:
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
         problems.append(
             f"accelerate's configuration asks for {accelerator.distributed_type}: only plain data parallelism"
         )
@@ -184,7 +188,7 @@ def read_dataset(args):
     flag = f"--dataset_name {name}" if name else f"--train_data_dir {args.train_data_dir}"
     try:
         if name is None:
-            files = {"train": os.path.join(args.train_data_dir, "**")}
+            files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
             splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
         elif is_saved_dataset(name):
             splits = datasets.load_from_disk(name)
@@ -285,7 +289,7 @@ def keyed_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-@functools.lru_cache(maxsize=2)  # samples come in order, and a batch touches two epochs at most
+@functools.lru_cache(maxsize=2)  # samples come in order of their epochs
 def permutation(seed, epoch, length):
     """Return the order in which an epoch shows the rows, as a list; `epoch` may be any key."""
     return torch.randperm(length, generator=keyed_generator(seed, "permutation", epoch)).tolist()
@@ -371,6 +375,7 @@ class Run:
     alphas_cumprod: torch.Tensor  # ᾱ_t, float32 on the device, shape (timesteps,)
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
+    loss_scale: float | None = None  # fp16 only: the scaler's factor after the last step
 
 
 def load_run(args, plan, seed, accelerator, noise_scheduler):
@@ -380,7 +385,10 @@ def load_run(args, plan, seed, accelerator, noise_scheduler):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError) as error:  # no CUDA device, or one that xformers was not built for
+            stop([f"--enable_xformers_memory_efficient_attention: {error}"])
     unet.to(accelerator.device)
     ema = EMAModel(ema_unet.parameters(), foreach=True) if args.use_ema else None
     if ema:
@@ -435,19 +443,26 @@ def load_models(args):
         ]
         ema_unet = unets[-1]
         pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, unet=unets[0], **weights)
-    # diffusers loads half-precision files as float32; that is undone for what will be exported untouched.
-    pipeline.vae.to(stored_dtype(pipeline.vae, args.variant))
+    # The libraries may load half-precision files as float32; that is undone for what will be exported untouched.
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
+        if part is not None:
+            part.to(stored_dtype(part, args.variant))
     return pipeline, ema_unet
 
 
 def stored_dtype(model, variant):
-    """Return the dtype of a model's weights in the file they were loaded from (float32 if that was no safetensors)."""
-    folder, name = Path(model.config._name_or_path), "diffusion_pytorch_model"
-    for file in (folder / f"{name}.{variant}.safetensors", folder / f"{name}.safetensors"):
-        if file.is_file():
-            with safetensors.safe_open(file, "pt") as tensors:
+    """Return the dtype of a model's weights in the file that they were loaded from."""
+    folder, stems = Path(model.config._name_or_path), ("diffusion_pytorch_model", "model", "pytorch_model")
+    names = [f"{stem}{infix}" for infix in (f".{variant}", "") for stem in stems]
+    for name in names:
+        if (folder / f"{name}.safetensors").is_file():
+            with safetensors.safe_open(folder / f"{name}.safetensors", "pt") as tensors:
                 return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-    return torch.float32
+    for name in names:
+        if (folder / f"{name}.bin").is_file():
+            tensors = torch.load(folder / f"{name}.bin", map_location="cpu", weights_only=True, mmap=True)
+            return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return model.dtype
 
 
 def create_optimizer(args, plan, unet):
@@ -480,12 +495,12 @@ def restore(run, saved):
 
 
 def prepare_output(run):
-    """Make the output folder, without the run that --overwrite_output_dir gives up."""
+    """Make the output folder, without the run that --overwrite_output_dir gives up (its logs stay)."""
     output = Path(run.args.output_dir)
     if run.accelerator.is_main_process:
         if run.args.overwrite_output_dir:
             for path in output.iterdir() if output.is_dir() else ():
-                if is_ours(path.name) or path.name == run.args.logging_dir:
+                if is_ours(path.name):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         output.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
@@ -496,11 +511,14 @@ def start_tracker(run):
     args = run.args
     if args.report_to == "none" or run.step == run.plan.max_steps:
         return
-    plain = (bool, int, float, str)
+    folder, options = os.path.join(args.output_dir, args.logging_dir), {}
+    if run.accelerator.is_main_process:
+        os.makedirs(folder, exist_ok=True)
+        options["wandb"] = {"dir": folder, "name": EXPERIMENT_NAME}
+        if args.report_to == "swanlab":
+            options["swanlab"] = swanlab_options(folder)
+    plain = (bool, int, float, str)  # all that TensorBoard takes
     config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
-    options = {}
-    if args.report_to == "swanlab":
-        options["swanlab"] = swanlab_options(os.path.join(args.output_dir, args.logging_dir))
     run.accelerator.init_trackers(args.tracker_project_name, config | {"seed": run.seed}, options)
 
 
@@ -516,9 +534,9 @@ def swanlab_options(folder):
     if not settings.experiment.name:
         options["name"] = EXPERIMENT_NAME
     if not {"SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"} & os.environ.keys():
-        os.makedirs(folder, exist_ok=True)
         options["log_dir"] = folder
-    if settings.mode == "online" and not settings.api_key and not sys.stdin.isatty():
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    if settings.mode == "online" and not settings.api_key and not terminal:
         place = options.get("log_dir", settings.log_dir)
         print(f"SwanLab: no API key and no terminal to ask on. Offline run in {place}: upload it with swanlab sync.")
         options["mode"] = "offline"
@@ -570,7 +588,7 @@ def create_loader(run, rows, tokenizer):
 
 
 def train_step(run, batch):
-    """Do one optimizer step, without ever making the host wait for the device.
+    """Do one optimizer step, without making the host wait for the device (but for one number under fp16).
 
     Args:
         batch (dict[str, torch.Tensor]): this process's samples of the step, on the host.
@@ -581,7 +599,8 @@ def train_step(run, batch):
     args, accelerator = run.args, run.accelerator
     learning_rate = run.plan.learning_rate * run.lr_lambda(run.step)
     set_learning_rate(run.optimizer, learning_rate)
-    scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+    if accelerator.scaler and run.loss_scale is None:
+        run.loss_scale = accelerator.scaler.get_scale()
     losses = []
     for first in range(0, run.plan.batch_per_process, args.train_batch_size):
         with accelerator.accumulate(run.unet):
@@ -596,12 +615,14 @@ def train_step(run, batch):
             run.optimizer.step()
             run.optimizer.zero_grad()
         losses.append(loss.detach())
-    # A step that overflowed in fp16 halves the scale. The fused optimizer skips it without telling accelerate.
-    skipped = scale is not None and accelerator.scaler.get_scale() < scale
-    if run.ema and not skipped:
-        run.ema.step(run.unet.parameters())
     metrics = {"loss": torch.stack(losses).mean(), "grad_norm": gradient_norm, "lr": learning_rate}
-    return metrics if scale is None else metrics | {"skipped": float(skipped)}
+    if accelerator.scaler:
+        # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
+        scale, run.loss_scale = run.loss_scale, accelerator.scaler.get_scale()
+        metrics["skipped"] = float(run.loss_scale < scale)
+    if run.ema and not metrics.get("skipped"):
+        run.ema.step(run.unet.parameters())
+    return metrics
 
 
 def set_learning_rate(optimizer, value):
@@ -705,7 +726,8 @@ def encode_pictures(vae, pixel_values, posterior_noise):
     "High-Resolution Image Synthesis with Latent Diffusion Models", appendix D.1.
     """
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return (posterior.mean.float() + posterior.std.float() * posterior_noise) * vae.config.scaling_factor
+    deviation = (posterior.logvar.float() / 2).exp()
+    return (posterior.mean.float() + deviation * posterior_noise) * vae.config.scaling_factor
 
 
 def add_noise(latents, noise, alpha_bar):
@@ -751,20 +773,19 @@ def dream(noisy_latents, target, noise, estimate, alpha_bar, detail_preservation
 def ema_weights(run):
     """Exchange the UNet's weights with their moving average (where there is one), and back at the end.
 
-    Exchanged one tensor at a time, so that it costs no memory to speak of.
+    One tensor at a time and in place, so that it costs no memory to speak of.
     """
-    swap = functools.partial(swap_values, run.ema, run.unet) if run.ema else lambda: None
-    swap()
+    swap_weights(run)
     try:
         yield
     finally:
-        swap()
+        swap_weights(run)
 
 
 @torch.no_grad()
-def swap_values(ema, unet):
-    """Exchange the values of a model's parameters with those of its moving average, in place."""
-    for parameter, average in zip(unet.parameters(), ema.shadow_params, strict=True):
+def swap_weights(run):
+    """Exchange the values of the UNet's weights with those of their moving average."""
+    for parameter, average in zip(run.unet.parameters(), run.ema.shadow_params if run.ema else (), strict=False):
         held = parameter.clone()
         parameter.copy_(average)
         average.copy_(held)
@@ -797,8 +818,9 @@ def validate(run):
         with ema_weights(run), accelerator.autocast():
             for index, prompt in enumerate(prompts):
                 image = infer.sample(pipeline, prompt, seed=run.seed, **settings)
-                name = f"{index}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}.png"
-                infer.save_png(image, folder / name, {"prompt": prompt, "seed": run.seed, "step": run.step, **settings})
+                words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
+                text = {"prompt": prompt, "seed": run.seed, "step": run.step, **settings}
+                infer.save_png(image, folder / f"{index}-{words}.png", text)
                 images.append(image)
         make_image_grid(images, rows=1, cols=len(images)).save(folder / "grid.png")
         log_images(run, images, prompts)
@@ -825,7 +847,7 @@ def save_checkpoint(run):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         final, folder = output / f"checkpoint-{run.step}", output / f".checkpoint-{run.step}"
-        for stale in (folder, final):  # a killed save; a checkpoint that was resumed from before
+        for stale in (folder, final):  # left by a save that was killed: complete ones are never written over
             shutil.rmtree(stale, ignore_errors=True)
         unet = accelerator.unwrap_model(run.unet)
         unet.save_pretrained(folder / "unet")
@@ -847,9 +869,9 @@ def trainer_state(run):
     return {
         "step": run.step,
         "seed": run.seed,
-        "effective batch": run.plan.effective_batch,
+        "effective_batch": run.plan.effective_batch,
         "rows": run.plan.rows,
-        "EMA": run.args.use_ema,
+        "use_ema": run.args.use_ema,
         "ema_step": run.ema.optimization_step if run.ema else None,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "loss": run.loss,
@@ -881,7 +903,8 @@ def export(run):
         if run.ema:
             unet.save_pretrained(staging / "unet", variant="non_ema")
         (staging / "README.md").write_text(model_card(run), encoding="utf-8")
-        # The index comes last: a folder that has one holds a whole pipeline.
+        # The index goes first and comes last: a folder that has one holds a whole pipeline.
+        (output / "model_index.json").unlink(missing_ok=True)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = output / part.name
             if target.is_dir():
@@ -896,7 +919,7 @@ def model_card(run):
     """Return the text of the output folder's README.md."""
     args, output = run.args, Path(run.args.output_dir)
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    grids = sorted(output.glob("samples/step-*/grid.png"), key=lambda path: int(path.parent.name.split("-")[1]))
+    grid = output / f"samples/step-{run.step}/grid.png"
     lines = [
         "---",
         "library_name: diffusers",
@@ -911,9 +934,9 @@ def model_card(run):
         f"The loss of the last step was {run.loss:.4f}.",
         "",
     ]
-    if grids:
+    if grid.exists():
         prompts = "; ".join(args.validation_prompts)
-        lines += [f"![samples]({grids[-1].relative_to(output).as_posix()})", "", f"Left to right: {prompts}.", ""]
+        lines += [f"![samples]({grid.relative_to(output).as_posix()})", "", f"Left to right: {prompts}.", ""]
     if run.ema:
         lines += ['`unet` holds the moving average of the weights; the raw ones load with `variant="non_ema"`.', ""]
     lines += ["| argument | value |", "|---|---|"]

@@ -111,6 +111,8 @@ def world(tmp_path, monkeypatch):
         "run/checkpoint-9/trainer_state.json",
         "run/checkpoint-10/trainer_state.json",
         "exported/model_index.json",
+        "mine/README.md",
+        "mine/vae/keep.txt",
         "elsewhere/checkpoint-3/trainer_state.json",
         "elsewhere/best/trainer_state.json",
         "checkpoint-9/trainer_state.json",
@@ -346,10 +348,12 @@ def test_what_is_no_flag_is_named_and_corrected(refuse, flags, problem):
 
 
 def test_a_distributed_launch_speaks_with_one_voice(accept, refuse, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     assert refuse("--seed=-1") == []
     assert accept("--lr_warmup_steps=5")[1] == []
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
     assert len(refuse("--seed=-1")) == 1
     assert len(accept("--lr_warmup_steps=5")[1]) == 1
 
@@ -412,7 +416,7 @@ REFUSED = {
         "--dataset_config_name en",
         "no configurations",
     ),
-    "output is a file": ("--output_dir=file", "--output_dir file", "is a file"),
+    "output is a file": ("--output_dir=file", "--output_dir file", "must be a folder"),
     "logging outside the output folder": ("--logging_dir=/logs", "--logging_dir /logs", "inside the output folder"),
     "logging above the output folder": (
         "--logging_dir=a/../../b",
@@ -475,6 +479,17 @@ REFUSED = {
         "--output_dir exported",
         "holds a run",
     ),
+    "resume from before the last checkpoint": (
+        "--output_dir=run --resume_from_checkpoint=checkpoint-9",
+        "--resume_from_checkpoint run/checkpoint-9",
+        "holds later ones, up to checkpoint-10",
+    ),
+    "output holds what no run wrote": (
+        "--output_dir=mine --overwrite_output_dir",
+        "--output_dir mine",
+        "holds vae, README.md",
+    ),
+    "no output folder": ("--output_dir=", "--output_dir ", "must be a folder"),
     "resume from elsewhere over another run": (
         "--output_dir=run --resume_from_checkpoint=elsewhere/checkpoint-3",
         "--output_dir run",
@@ -637,11 +652,11 @@ def test_a_problem_that_only_another_rank_has_is_not_kept_silent(refuse, monkeyp
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ("run/checkpoint-9", "run/checkpoint-9"),
-        ("run/checkpoint-9/", "run/checkpoint-9"),
-        ("{here}/run/checkpoint-9", "run/checkpoint-9"),
-        ("checkpoint-9", "run/checkpoint-9"),
-        ("checkpoint-9/", "run/checkpoint-9"),
+        ("run/checkpoint-10", "run/checkpoint-10"),
+        ("run/checkpoint-10/", "run/checkpoint-10"),
+        ("{here}/run/checkpoint-10", "run/checkpoint-10"),
+        ("checkpoint-10", "run/checkpoint-10"),
+        ("checkpoint-10/", "run/checkpoint-10"),
         ("latest", "run/checkpoint-10"),
     ],
 )
@@ -693,16 +708,16 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
 
 
 def state(**changes):
-    return {"seed": 7, "effective batch": 16, "rows": 32, "EMA": False, "step": 6} | changes
+    return {"seed": 7, "effective_batch": 16, "rows": 32, "use_ema": False, "step": 6} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"seed": 8}, "its seed is 8, this run's is 7"),
-        ({"effective batch": 8}, "its effective batch is 8, this run's is 16"),
-        ({"rows": 31}, "its rows is 31, this run's is 32"),
-        ({"EMA": True}, "its EMA is True, this run's is False"),
+        ({"seed": 8}, "--seed: seed is 7, but 8 in the run"),
+        ({"effective_batch": 8}, "--gradient_accumulation_steps: effective_batch is 16, but 8 in the run"),
+        ({"rows": 31}, "--max_train_samples: rows is 32, but 31 in the run"),
+        ({"use_ema": True}, "--use_ema: use_ema is False, but True in the run"),
         ({"step": 7}, "at step 7, past the last, 6"),
     ],
 )
@@ -848,6 +863,12 @@ def test_checkpoint_on_another_disk_is_of_this_run(accept, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new/checkpoint-3").symlink_to(tmp_path / "elsewhere/checkpoint-3")
     assert accept("--output_dir=new", "--resume_from_checkpoint=latest")[0].resume_from_checkpoint
+
+
+@pytest.mark.parametrize("name", ["--local_rank", "--local-rank"])
+def test_local_rank_is_taken_as_launchers_write_it(accept, monkeypatch, name):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert accept(f"{name}=0")[0].local_rank == 0
 
 
 @pytest.mark.parametrize("value", ["", "one"])

@@ -349,7 +349,7 @@ def test_flag_resume_from_checkpoint(train):
 
 
 def test_flag_overwrite_output_dir(train):
-    """What the old run wrote goes, and nothing else."""
+    """What the old run wrote goes (but for its logs), and nothing else."""
     first = train(*FROZEN, "--max_train_steps=2", "--checkpointing_steps=1", "--validation_prompts=a cat")
     (first.output / "notes.txt").write_text("mine")
     second = train(*FROZEN, "--overwrite_output_dir")
@@ -375,7 +375,7 @@ def test_flag_validation_prompts(train):
     run = train(*FROZEN, "--validation_prompts", "a cat", "Ein Hut, groß!")
     assert sorted(path.name for path in (run.output / "samples/step-1").iterdir()) == [
         "0-a-cat.png",
-        "1-ein-hut-gro.png",
+        "1-ein-hut-groß.png",
         "grid.png",
     ]
 
@@ -400,6 +400,11 @@ def test_flag_report_to(train, monkeypatch, name):
     assert any(path.name.startswith("events.out") for path in run.output.rglob("*")) == (name == "tensorboard")
     assert [tracker.name for tracker in run.run.accelerator.trackers] == ([] if name == "none" else [name])
     if name == "wandb":
+        assert sys.modules["wandb"].started == {
+            "project": "SD-Naruto",
+            "name": "SD1-5_火影忍者",
+            "dir": str(run.output / "logs"),
+        }
         logged = run.run.accelerator.trackers[0].run.logged
         assert logged[0][0]["train/loss"] > 0
         assert logged[-1] == ({"validation": [("image", "a cat")]}, 1)
@@ -410,7 +415,7 @@ def fake_wandb():
     module, run = types.ModuleType("wandb"), types.SimpleNamespace(logged=[], finish=lambda: None)
     module.__spec__ = types.SimpleNamespace()
     run.log = lambda values, step=None, **kwargs: run.logged.append((values, step))
-    module.init = lambda **kwargs: run
+    module.init = lambda **kwargs: vars(module).update(started=kwargs) or run
     module.config = types.SimpleNamespace(update=lambda *args, **kwargs: None)
     module.Image = lambda image, caption: ("image", caption)
     return module
@@ -421,7 +426,8 @@ def test_flag_tracker_project_name(train):
     assert (run.output / "logs/other").is_dir()
 
 
-def test_flag_logging_dir(train, monkeypatch):
-    run = train(*FROZEN, "--report_to=swanlab", "--logging_dir=journal")
-    assert list(run.output.glob("journal/run-*/*.swanlab"))
+@pytest.mark.parametrize(("tracker", "file"), [("swanlab", "run-*/*.swanlab"), ("tensorboard", "SD-Naruto/events.*")])
+def test_flag_logging_dir(train, tracker, file):
+    run = train(*FROZEN, f"--report_to={tracker}", "--logging_dir=journal/new")
+    assert list(run.output.glob(f"journal/new/{file}"))
     assert not (run.output / "logs").exists()

@@ -1,10 +1,13 @@
 """The formulas at their edges, and what precision they are computed in. (The oracle holds them in the middle.)"""
 
 import math
+import types
 
 import accelerate
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from conftest import trainer
 
@@ -155,3 +158,28 @@ def test_no_step_makes_the_host_wait(train, monkeypatch):
     flags = ("--use_ema", "--snr_gamma=5", "--train_batch_size=2", "--gradient_accumulation_steps=2")
     train(*flags, "--max_train_steps=2", "--mixed_precision=bf16")
     assert reads == []
+
+
+def test_the_loss_needs_nothing_from_the_host(assets):
+    """On the meta device, which has no values to read and where tables left on the host cannot be indexed."""
+    model = UNet2DConditionModel.from_pretrained(assets[0] / "unet").to("meta")
+    vae = AutoencoderKL.from_pretrained(assets[0] / "vae").to("meta")
+    text_encoder = CLIPTextModel.from_pretrained(assets[0] / "text_encoder").to("meta")
+    flags = {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0, "dream_training": True}
+    run = types.SimpleNamespace(
+        args=types.SimpleNamespace(**flags, dream_detail_preservation=1.0),
+        unet=model,
+        vae=vae,
+        text_encoder=text_encoder,
+        prediction_type="epsilon",
+        alphas_cumprod=ALPHA_BAR.to("meta"),
+    )
+    latents = ("posterior_noise", "noise", "input_perturbation")
+    micro_batch = {name: torch.empty(2, 4, 8, 8, device="meta") for name in latents}
+    micro_batch["pixel_values"] = torch.empty(2, 3, 64, 64, device="meta")
+    micro_batch["noise_offset"] = torch.empty(2, 4, 1, 1, device="meta")
+    micro_batch["input_ids"] = torch.zeros(2, 77, dtype=torch.int64, device="meta")
+    micro_batch["timesteps"] = torch.zeros(2, dtype=torch.int64, device="meta")
+    loss = trainer.diffusion_loss(run, micro_batch)
+    assert loss.shape == ()
+    assert loss.device.type == "meta"

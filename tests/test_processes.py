@@ -113,7 +113,7 @@ def test_two_processes_train_what_one_trains(here, assets):
         "--gradient_accumulation_steps=2",
         "--output_dir=one",
     ]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571", "train_sd1-5_naruto.py", *FLAGS]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py", *FLAGS]
     two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
     printed = [start(one, here), start(two, here, ACCELERATE_USE_CPU="true")]
     plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
@@ -134,7 +134,7 @@ def test_processes_agree_on_a_seed_that_was_not_given(here):
         "--train_batch_size=2",
     ]
     flags += ["--max_train_steps=2", "--output_dir=drawn"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29572", "train_sd1-5_naruto.py"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py"]
     printed = start([*launch, *flags], here, ACCELERATE_USE_CPU="true")
     (seed,) = set(re.findall(r"No --seed given: drew (\d+)", printed))
     flags = [flag for flag in flags if not flag.startswith("--output_dir")] + ["--output_dir=given", f"--seed={seed}"]

@@ -9,8 +9,10 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 from swanlab.sdk.internal.core_python.store import DataStoreReader
 from transformers import CLIPTextModel
@@ -67,6 +69,27 @@ def test_frozen_parts_keep_their_values_and_dtypes(train, assets, tmp_path, prec
         weights(base / "text_encoder", "model.safetensors"), weights(run.output / "text_encoder", "model.safetensors")
     )
     assert {value.dtype for value in weights(run.output / "unet").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["variant", "bin"])
+def test_half_precision_files_are_exported_in_half_precision(train, assets, tmp_path, form):
+    """Whatever the configuration beside them says, and as what the libraries load them."""
+    base, stems = (
+        tmp_path / "base",
+        {"vae": "diffusion_pytorch_model", "text_encoder": "model", "safety_checker": "model"},
+    )
+    shutil.copytree(assets[0], base)
+    for part, stem in stems.items():
+        halves = {name: value.half() for name, value in weights(base / part, f"{stem}.safetensors").items()}
+        if form == "variant":
+            save_file(halves, base / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+        else:
+            (base / part / f"{stem}.safetensors").unlink()
+            torch.save(halves, base / part / f"{'pytorch_model' if stem == 'model' else stem}.bin")
+    run = train(*SHORT, *(["--variant=fp16"] if form == "variant" else []), model=base)
+    for part, stem in stems.items():
+        stored, exported = (weights(folder / part, f"{stem}.safetensors") for folder in (assets[0], run.output))
+        assert_same({name: value.half() for name, value in stored.items()}, exported)
 
 
 def test_a_base_without_a_safety_checker_works(train, assets, tmp_path):
@@ -151,10 +174,10 @@ def test_no_pickle_is_trusted(train, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--seed=8",), "its seed is 7, this run's is 8"),
-        (("--train_batch_size=3",), "its effective batch is 2, this run's is 3"),
-        (("--max_train_samples=5",), "its rows is 14, this run's is 5"),
-        (("--use_ema",), "its EMA is False, this run's is True"),
+        (("--seed=8",), "--seed: seed is 8, but 7 in the run"),
+        (("--train_batch_size=3",), "effective_batch is 3, but 2 in the run"),
+        (("--max_train_samples=5",), "rows is 5, but 14 in the run"),
+        (("--use_ema",), "use_ema is True, but False in the run"),
         (("--max_train_steps=1",), "--max_train_steps: the checkpoint is at step 2, past the last, 1"),
     ],
 )
@@ -349,4 +372,12 @@ def test_swanlab_environment_is_respected(monkeypatch, tmp_path):
 def test_the_optimizer_runs_fused(train):
     run = train(*SHORT)
     assert run.run.optimizer.param_groups[0]["fused"]
-    assert isinstance(run.run.accelerator, accelerate.Accelerator)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_only_plain_data_parallelism(train, monkeypatch, capsys, kind):
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
+    with pytest.raises(SystemExit) as error:
+        train(*SHORT)
+    assert error.value.code == 2
+    assert "only plain data parallelism" in capsys.readouterr().err
