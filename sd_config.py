@@ -247,7 +247,7 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
     group.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="Delete the run that the output folder already holds, once every check has passed.",
+        help="Delete the run that the output folder already holds (not its logs), once every check has passed.",
     )
     group.add_argument("--checkpointing_steps", type=integer(1), default=500, help="Steps between two checkpoints.")
     group.add_argument(

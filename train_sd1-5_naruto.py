@@ -25,6 +25,7 @@ import datetime
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -453,16 +454,21 @@ def load_models(args):
 def stored_dtype(model, variant):
     """Return the dtype of a model's weights in the file that they were loaded from."""
     folder, stems = Path(model.config._name_or_path), ("diffusion_pytorch_model", "model", "pytorch_model")
-    names = [f"{stem}{infix}" for infix in (f".{variant}", "") for stem in stems]
-    for name in names:
-        if (folder / f"{name}.safetensors").is_file():
-            with safetensors.safe_open(folder / f"{name}.safetensors", "pt") as tensors:
-                return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-    for name in names:
-        if (folder / f"{name}.bin").is_file():
-            tensors = torch.load(folder / f"{name}.bin", map_location="cpu", weights_only=True, mmap=True)
-            return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    for suffix, infix, stem in itertools.product((".safetensors", ".bin"), (f".{variant}", ""), stems):
+        file = folder / f"{stem}{infix}{suffix}"
+        if file.is_file():  # SD1.5's text encoder has a buffer of integers too
+            return next(tensor.dtype for tensor in stored_tensors(file) if tensor.is_floating_point())
     return model.dtype
+
+
+def stored_tensors(file):
+    """Yield the tensors of a weight file, as they are stored."""
+    if file.suffix == ".bin":
+        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).values()
+    else:
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                yield tensors.get_tensor(name)
 
 
 def create_optimizer(args, plan, unet):
