@@ -1,6 +1,7 @@
 """The trainer's mathematics once more, from the papers and with nothing shared but the sample stream.
 
-One sample at a time, in plain PyTorch: no accelerate, no optimizer class, no scheduler class, no EMA class.
+One sample at a time, in plain PyTorch and in float64, whose rounding is nothing beside the trainer's float32: no
+accelerate, no optimizer class, no scheduler class, no EMA class.
 """
 
 import math
@@ -17,7 +18,7 @@ def train(
 ):
     """Return (weights, EMA) by name after `steps` steps on `batch` samples each; `rate` maps a step to its rate."""
     vae, text_encoder, unet = (
-        cls.from_pretrained(model / part).requires_grad_(part == "unet")
+        cls.from_pretrained(model / part).double().requires_grad_(part == "unet")
         for part, cls in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel))
     )
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -29,8 +30,10 @@ def train(
     for t in range(steps):
         gradient = [torch.zeros_like(p) for p in theta]
         for position in range(t * batch, (t + 1) * batch):
-            s = stream[position]
-            a = alpha_bars[s["timesteps"]].float()
+            s = {
+                name: value.double() if value.is_floating_point() else value for name, value in stream[position].items()
+            }
+            a = alpha_bars[s["timesteps"]]
             timestep, signal, sigma = s["timesteps"][None], a.sqrt(), (1 - a).sqrt()
             with torch.no_grad():
                 text = text_encoder(s["input_ids"][None]).last_hidden_state

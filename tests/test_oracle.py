@@ -11,7 +11,8 @@ import oracle
 import sd_config
 from conftest import difference, trainer, weights
 
-RATE, STEPS, BATCH = 1e-4, 10, 4
+# At a rate of 1e-4 the rounding of the float32 weights themselves is as long as 8e-5 of the way; at this one, 4e-5.
+RATE, STEPS, BATCH = 3e-4, 10, 4
 WARMUP = 3
 
 
