@@ -24,6 +24,21 @@ import sd_config
 import tiny_sd15
 
 trainer = importlib.import_module("train_sd1-5_naruto")
+# The flags of the tutorial, as it writes them.
+TUTORIAL = """
+  --use_ema \
+  --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --gradient_checkpointing \
+  --max_train_steps=15000 \
+  --learning_rate=1e-05 \
+  --max_grad_norm=1 \
+  --seed=42 \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --output_dir="sd-naruto-model"
+"""
 Result = collections.namedtuple("Result", "output logs run")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sd_config
-from conftest import ROOT
+from conftest import ROOT, TUTORIAL
 
 PROMPTS = [
     "Bill Gates with a hoodie",
@@ -81,20 +81,6 @@ FLAGS = [
 ]
 BASE, HUB = "--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULTS = {name: default for name, default, *_ in FLAGS}
-TUTORIAL = """
-  --use_ema \
-  --resolution=512 --center_crop --random_flip \
-  --train_batch_size=1 \
-  --gradient_accumulation_steps=4 \
-  --gradient_checkpointing \
-  --max_train_steps=15000 \
-  --learning_rate=1e-05 \
-  --max_grad_norm=1 \
-  --seed=42 \
-  --lr_scheduler="constant" \
-  --lr_warmup_steps=0 \
-  --output_dir="sd-naruto-model"
-"""
 
 
 @pytest.fixture(autouse=True)

@@ -12,23 +12,7 @@ from PIL import Image
 
 import sd_config
 import tiny_sd15
-from conftest import ROOT, assert_same_state, difference, weights
-
-TUTORIAL = """
-python train_sd1-5_naruto.py \
-  --use_ema \
-  --resolution=512 --center_crop --random_flip \
-  --train_batch_size=1 \
-  --gradient_accumulation_steps=4 \
-  --gradient_checkpointing \
-  --max_train_steps=15000 \
-  --learning_rate=1e-05 \
-  --max_grad_norm=1 \
-  --seed=42 \
-  --lr_scheduler="constant" \
-  --lr_warmup_steps=0 \
-  --output_dir="sd-naruto-model"
-"""
+from conftest import ROOT, TUTORIAL, assert_same_state, difference, weights
 
 
 def start(command, folder, **environment):
@@ -58,7 +42,7 @@ def here(assets, tmp_path):
 
 def test_the_tutorial_end_to_end(here):
     """Its command with only the paths, the resolution and the number of steps changed; then its inference."""
-    command = shlex.split(TUTORIAL)[1:]
+    command = ["train_sd1-5_naruto.py", *shlex.split(TUTORIAL)]
     command = [word.replace("512", "64").replace("15000", "6") for word in command]
     paths = [f"--pretrained_model_name_or_path=./{tiny_sd15.MODEL}", "--dataset_name=./naruto-blip-captions"]
     printed = start([*command, *paths], here)
