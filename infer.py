@@ -66,6 +66,8 @@ def resolve(args, given, problems):
     """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
     args.base, args.origin = {}, {"model_path": args.model_path}
     if args.checkpoint is not None:
+        if wrong := sd_config.damage(Path(args.checkpoint), "unet"):
+            sd_config.stop([f"--checkpoint {args.checkpoint}: not a whole checkpoint: {wrong}"])
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
         args.prediction_type = saved["prediction_type"]
         args.origin["checkpoint"] = args.checkpoint
@@ -74,9 +76,9 @@ def resolve(args, given, problems):
             args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
         problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
-        finished = sd_config.checkpoints(args.model_path)
-        if problems and finished:
-            problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {finished[-1]}")
+        whole = [path for path in sd_config.checkpoints(args.model_path) if problems and not sd_config.damage(path)]
+        if whole:
+            problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {whole[-1]}")
 
     if args.negative_prompt is not None and args.guidance_scale <= 1:
         problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")
@@ -99,7 +101,6 @@ import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -170,9 +171,9 @@ def load(loader, flag, model, **kwargs):
     """
     try:
         return loader(model, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # the libraries raise many kinds for what is wrong with a file
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
-        return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"])
+        return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"], alone=True)
 
 
 def set_prediction_type(pipeline, prediction_type):

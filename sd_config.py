@@ -5,26 +5,44 @@ reported together with the others, and ends the process with exit code 2.
 """
 
 import argparse
-import dataclasses
 import difflib
 import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import zlib
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
+MANIFEST = "manifest.json"
 # What a checkpoint's trainer_state.json holds.
-STATE = {"step", "seed", "effective_batch", "rows", "use_ema", "ema_step", "scaler", "loss"}
+STATE = {"step", "seed", "effective_batch", "data", "max_steps", "ema_step", "scaler", "loss"}
 STATE |= {"prediction_type", "base_model", "args"}
+# The flags that change what is trained, besides those that a resumed run must share with its past.
+TRAINING = """
+    pretrained_model_name_or_path revision variant skip_bad_rows resolution center_crop random_flip
+    image_interpolation_mode caption_dropout learning_rate scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
+    adam_weight_decay adam_epsilon max_grad_norm use_ema prediction_type snr_gamma noise_offset input_perturbation
+    dream_training dream_detail_preservation mixed_precision allow_tf32
+""".split()  # noqa: SIM905 (as one list of strings it would fill the page)
+FROZEN_BYTES = 2_043_000_000  # VAE, text encoder and safety checker of SD1.5 in float32, where they are not yet here
 # What a run writes into its output folder, besides checkpoints and logs.
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 OUTPUT = (*PARTS, "model_index.json", "README.md", "samples")
+# The parts that are loaded, and their classes.
+CLASSES = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+CLASSES |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
 # The optional packages, by the flag value that needs them, and what `pip install` calls them.
 PACKAGES = {
     "report_to swanlab": "swanlab",
@@ -62,13 +80,15 @@ def parse_args(argv=None):
     return args
 
 
-def stop(problems):
-    """Print every problem on standard error, one a line, and exit with code 2. Nothing happens if there are none."""
+def stop(problems, alone=False):
+    """Print every problem on standard error, one a line, and exit with code 2. Nothing happens if there are none.
+
+    Of the processes on one machine, which find the same problems, the first speaks for all, unless one is `alone`.
+    """
     if not problems:
         return
     for problem in problems:
-        # Of the processes on one machine, which find the same problems, the first speaks for all.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_RANK" in problem:
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_RANK" in problem:
             print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -109,6 +129,11 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
     group.add_argument("--caption_column", default="text", help="Column that holds a caption, or a list of captions.")
     group.add_argument(
         "--max_train_samples", type=integer(1), help="Train on a random subset of this many rows. Default: all rows."
+    )
+    group.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="Decode every picture before training (once: the result is kept) and train without those that cannot be.",
     )
     group.add_argument(
         "--resolution",
@@ -350,7 +375,7 @@ def integer(low, high=None, *, multiple_of=1):
         allowed = f"a multiple of {multiple_of}, at least {low}"
 
     def parse(text):
-        accepted = re.fullmatch(r"[+-]?\d+", text.strip()) is not None
+        accepted = re.fullmatch(r"[+-]?\d{1,18}", text.strip()) is not None
         value = int(text) if accepted else 0
         accepted = accepted and low <= value <= (value if high is None else high) and value % multiple_of == 0
         return value if accepted else Rejected(f"{text}: must be {allowed}")
@@ -404,6 +429,10 @@ def resolve(args, given, problems, notices):
         problems.append("--dream_training: defined for epsilon only; leave out --prediction_type v_prediction")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--learning_rate {args.learning_rate}: must be above 1e-7, where the polynomial schedule ends")
+    if args.image_column == args.caption_column:
+        problems.append(f"--caption_column {args.caption_column}: is --image_column too")
+    if args.cache_dir is not None and os.path.isfile(args.cache_dir):
+        problems.append(f"--cache_dir {args.cache_dir}: is a file, and must be a folder")
     resolve_rank(args, problems)
     resolve_model(args, problems, notices)
     resolve_data(args, given, problems)
@@ -448,7 +477,7 @@ def resolve_model(args, problems, notices):
         args.pretrained_model_name_or_path = MOVED_MODELS[name]
         notices.append(f"{flag} {name} is gone from the Hub: using {MOVED_MODELS[name]}, where it moved")
     elif is_local(name):
-        problems.extend(pipeline_problems(flag, name))
+        problems.extend(pipeline_problems(flag, name, args.variant))
         for revision in ("revision", "non_ema_revision"):
             if getattr(args, revision) is not None:
                 problems.append(
@@ -458,21 +487,35 @@ def resolve_model(args, problems, notices):
         args.non_ema_revision = args.revision
 
 
-def pipeline_problems(flag, folder):
-    """Name what keeps a local folder from being a diffusers pipeline: no index, or parts that the index lists."""
-    index = Path(folder, "model_index.json")
-    if not os.path.isdir(folder):
-        return [f"{flag} {folder}: no such folder (a Hub model is written owner/name)"]
-    if not index.is_file():
-        return [f"{flag} {folder}: no model_index.json in it, so it is not a diffusers pipeline"]
+def pipeline_problems(flag, name, variant=None):
+    """Name what keeps a local folder from being a pipeline like SD1.5's, as far as can be seen without loading it."""
+    folder = Path(name)
+    file = folder / "model_index.json"
+    if not folder.is_dir():
+        return [f"{flag} {name}: no such folder (a Hub model is written owner/name)"]
+    if not file.is_file():
+        return [f"{flag} {name}: no model_index.json in it, so it is not a diffusers pipeline"]
     try:
-        parts = json.loads(index.read_text(encoding="utf-8")).items()
+        parts = json.loads(file.read_text(encoding="utf-8")).items()
+        # A part is written as [library, class], or [null, null] where there is none.
+        parts = {part: kind for part, kind in parts if isinstance(kind, list) and any(kind)}
+        for file in (file for part in parts for file in (folder / part).glob("*.json")):
+            json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError) as error:
-        return [f"{flag} {folder}: its model_index.json cannot be read: {error}"]
-    # A part is written as [library, class], or [null, null] where there is none.
-    parts = [name for name, value in parts if isinstance(value, list) and value and value[0] is not None]
-    missing = ", ".join(name for name in parts if not Path(folder, name).is_dir())
-    return [f"{flag} {folder}: its model_index.json lists {missing}, which is not there"] if missing else []
+        return [f"{flag} {name}: its {file.relative_to(folder)} cannot be read: {error}"]
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    problems = [f"its model_index.json lists {part}, which is not there" for part in missing]
+    weights = []
+    for part, kind in CLASSES.items():
+        if parts.get(part) not in (kind, [kind[0], f"{kind[1]}Fast"]):
+            problems.append(f"its {part} is {parts.get(part)}, and must be {kind}")
+        elif part not in (*missing, "tokenizer"):
+            found = [path.name for path in (folder / part).iterdir() if path.suffix in (".safetensors", ".bin")]
+            problems.extend([] if found else [f"no weights in its {part}"])
+            weights.extend(found)
+    if variant is not None and weights and not any(f".{variant}." in file for file in weights):
+        problems.append(f"no weights of --variant {variant} in it")
+    return [f"{flag} {name}: {problem}" for problem in problems]
 
 
 def resolve_data(args, given, problems):
@@ -495,12 +538,23 @@ def resolve_data(args, given, problems):
 def resolve_output(args, problems, notices):
     """Find the checkpoint to resume from, and refuse to write where no run may write."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    try:
+        there = output.exists()
+    except OSError as error:  # a name that is too long
+        problems.append(f"--output_dir {args.output_dir}: {error.strerror}")
+        return
     if wanted is not None:
         if args.overwrite_output_dir:
             problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
         args.resume_from_checkpoint = find_checkpoint(wanted, output, problems, notices)
-    if not args.output_dir or (output.exists() and not output.is_dir()):
+    files = [path for path in (output, *output.parents) if path.is_file()]
+    if not args.output_dir or files:
         problems.append(f"--output_dir {args.output_dir}: must be a folder, there already or not")
+    elif not os.access(disk_of(output), os.W_OK | os.X_OK):
+        problems.append(f"--output_dir {args.output_dir}: no permission to write in {disk_of(output)}")
+    for name in ("samples", args.logging_dir):
+        if there and (output / name).is_file():
+            problems.append(f"--output_dir {output}: {name} in it is a file, and must be a folder")
     subfolder = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
     inputs = {
         "--pretrained_model_name_or_path": args.pretrained_model_name_or_path,
@@ -510,17 +564,18 @@ def resolve_output(args, problems, notices):
     taken = [name for name, folder in inputs.items() if folder and output.resolve() == Path(folder).resolve()]
     problems.extend(f"--output_dir {output}: is {name} itself; choose another folder" for name in taken)
     if args.output_dir and not taken:
-        problems.extend(conflicts(output, wanted is None, args.resume_from_checkpoint, args.overwrite_output_dir))
+        how = {"fresh": wanted is None, "latest": wanted == "latest", "overwrite": args.overwrite_output_dir}
+        problems.extend(conflicts(output, args.resume_from_checkpoint, **how))
     inside = Path(args.logging_dir).parts
     if not inside or inside[0] == "/" or ".." in inside or is_ours(inside[0]):
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
 
 
-def conflicts(output, fresh, checkpoint, overwrite):
+def conflicts(output, checkpoint, *, fresh, latest, overwrite):
     """Say which run, or what else, a run would write over that goes on from `checkpoint` or is `fresh`."""
-    complete = checkpoints(output)
+    known = checkpoints(output)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
-    if not complete and not (output / "model_index.json").exists():
+    if not known and not (output / "model_index.json").exists():
         foreign = ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists())
         if foreign:
             yield f"--output_dir {output}: holds {foreign}, of no run; choose another folder"
@@ -529,31 +584,38 @@ def conflicts(output, fresh, checkpoint, overwrite):
             f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
             "--overwrite_output_dir to delete it, or choose another folder"
         )
-    elif checkpoint is not None and not elsewhere and checkpoint.name != complete[-1].name:
+    elif checkpoint is not None and not elsewhere and not latest and checkpoint.name != known[-1].name:
         yield (
-            f"--resume_from_checkpoint {checkpoint}: {output} holds later ones, up to {complete[-1].name}; "
+            f"--resume_from_checkpoint {checkpoint}: {output} holds later ones, up to {known[-1].name}; "
             "resume from latest, delete them, or choose another --output_dir"
         )
 
 
 def find_checkpoint(wanted, output, problems, notices):
     """Return the folder that --resume_from_checkpoint means, or None where there is none."""
-    complete = checkpoints(output)
+    flag, known = f"--resume_from_checkpoint {wanted}", checkpoints(output)
     if wanted != "latest":
-        for folder in (output / wanted, Path(wanted)):
-            if is_complete(folder):
-                return folder
-        known = ", ".join(folder.name for folder in complete) or "none"
-        problems.append(f"--resume_from_checkpoint {wanted}: no checkpoint there (complete in {output}: {known})")
-        return None
-    incomplete = [folder for folder in numbered_folders(output) if folder not in complete]
-    notices.extend(f"{folder}: not a complete checkpoint, left alone" for folder in incomplete)
-    if complete:
-        return complete[-1]
-    if (output / "model_index.json").exists():
-        problems.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, only an exported pipeline")
+        folder = next((path for path in (output / wanted, Path(wanted)) if path.is_dir()), None)
+        if folder is None:
+            names = ", ".join(path.name for path in known) or "none"
+            problems.append(f"{flag}: no checkpoint there (in {output}: {names})")
+        elif wrong := damage(folder):
+            problems.append(f"{flag}: not a whole checkpoint: {wrong}")
+        return folder
+    damaged = []
+    for folder in reversed(known):
+        wrong = damage(folder)
+        if wrong is None:
+            notices.extend(damaged)
+            return folder
+        damaged.append(f"{folder}: skipped, not a whole checkpoint: {wrong}")
+    if damaged:
+        problems.extend(damaged)
+        problems.append(f"{flag}: none is whole; --overwrite_output_dir instead starts over")
+    elif (output / "model_index.json").exists():
+        problems.append(f"{flag}: no checkpoint in {output}, only an exported pipeline")
     else:
-        notices.append(f"--resume_from_checkpoint latest: no checkpoint in {output}, so this run starts fresh")
+        notices.append(f"{flag}: no checkpoint in {output}, so this run starts fresh")
     return None
 
 
@@ -583,21 +645,91 @@ def is_ours(name):
     return name in OUTPUT or CHECKPOINT_NAME.fullmatch(name) is not None
 
 
-def numbered_folders(output_dir):
-    """Return the folders of `output_dir` named checkpoint-N, by ascending N."""
+def checkpoints(output_dir):
+    """Return the folders of `output_dir` named checkpoint-N by ascending N, whole or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     folders = [path for path in folders if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
+    return sorted(folders, key=number)
 
 
-def is_complete(folder):
-    """Say whether a folder holds a whole checkpoint: it was renamed into place with its state file inside."""
-    return (folder / "trainer_state.json").is_file()
+def number(checkpoint):
+    """Return the step at which a checkpoint was saved, from its folder's name."""
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
 
 
-def checkpoints(output_dir):
-    """Return the complete checkpoints of `output_dir`, oldest first."""
-    return [folder for folder in numbered_folders(output_dir) if is_complete(folder)]
+def lock(folder):
+    """Hold an output folder for this process until it ends, however it ends. Exits with code 2 if another holds it.
+
+    The lock is lost as soon as this process closes any file of that name, so nothing else may open it. Windows, and
+    file systems that know no locks, are trusted.
+
+    Returns:
+        the open file that keeps the lock.
+    """
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (to stay open)
+    except OSError as error:
+        return stop([f"--output_dir {folder}: cannot be written to: {error}"], alone=True)
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stop([f"--output_dir {folder}: another process is training into it"], alone=True)
+    except OSError:  # no locks here
+        pass
+    return file
+
+
+def flush(folder, within=True):
+    """Have the system write a folder to disk, and all that is `within`: a power cut takes what is only in memory."""
+    if os.name == "nt":  # has no descriptors of folders
+        return
+    for path in (*(folder.rglob("*") if within else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def seal(folder):
+    """Add the manifest by which `damage` knows whether a folder's files are whole, and flush it all to disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    flush(folder)
+
+
+def damage(folder, prefix=""):
+    """Return what keeps a folder from being a checkpoint as it was saved, in words, or None if nothing does.
+
+    Of its files only those whose names start with `prefix` are looked at, and the trainer's state.
+    """
+    name = MANIFEST
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = {k: v for k, v in manifest.items() if k.startswith((prefix, "trainer_state.json"))}
+        for name, (size, _) in manifest.items():  # first what is quickly found
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+        changed = [name for name, (_, value) in manifest.items() if checksum(folder / name) != value]
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} or what it lists cannot be read: {error}"
+    if changed:
+        return f"{changed[0]} is not as it was saved (its checksum differs)"
+    return None if "trainer_state.json" in manifest else f"{MANIFEST} lists no trainer_state.json"
+
+
+def checksum(path):
+    """Return the CRC-32 of a file, which finds damage, not forgery, at twice the speed of SHA-256."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def read_state(folder, flag="--resume_from_checkpoint"):
@@ -616,63 +748,59 @@ def read_state(folder, flag="--resume_from_checkpoint"):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """The arithmetic of a run. A step is an optimizer step; steps are counted from 1 once they are done.
 
-    Attributes:
+    Args:
+        args (argparse.Namespace): the flags.
         rows (int): rows of the data set that are trained on.
         processes (int): processes that share each step.
+        parameters (int): weights of the UNet.
+
+    Attributes:
         batch_per_process (int): samples of one step that one process sees.
         effective_batch (int): samples of one step.
         steps_per_epoch (int): steps after which every row has been seen once more, rounded up.
         max_steps (int): steps of the whole run.
         learning_rate (float): peak learning rate, after --scale_lr.
+        memory (dict[str, int]): bytes of what is trained, by its name.
         checkpoint_bytes (int): size of one checkpoint: float32 weights, AdamW's two moments, and the EMA.
+        export_bytes (int): size of the exported pipeline.
     """
 
-    rows: int
-    processes: int
-    batch_per_process: int
-    effective_batch: int
-    steps_per_epoch: int
-    max_steps: int
-    learning_rate: float
-    checkpoint_bytes: int
-    checkpointing_steps: int
-    checkpoints_total_limit: int | None
-    validation_epochs: int | None
-
-    @classmethod
-    def of(cls, args, rows, processes, parameters):
-        """Return the plan for these arguments, this many rows, this many processes, and a UNet of this size."""
-        batch_per_process = args.train_batch_size * args.gradient_accumulation_steps
-        effective_batch = batch_per_process * processes
-        steps_per_epoch = math.ceil(rows / effective_batch)
-        return cls(
-            rows=rows,
-            processes=processes,
-            batch_per_process=batch_per_process,
-            effective_batch=effective_batch,
-            steps_per_epoch=steps_per_epoch,
-            max_steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
-            learning_rate=args.learning_rate * (effective_batch if args.scale_lr else 1),
-            checkpoint_bytes=parameters * (4 + 2 * (1 if args.use_8bit_adam else 4) + (4 if args.use_ema else 0)),
-            checkpointing_steps=args.checkpointing_steps,
-            checkpoints_total_limit=args.checkpoints_total_limit,
-            validation_epochs=args.validation_epochs if args.validation_prompts else None,
-        )
+    def __init__(self, args, rows, processes, parameters):
+        self.args, self.rows, self.processes = args, rows, processes
+        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps
+        self.effective_batch = self.batch_per_process * processes
+        self.steps_per_epoch = math.ceil(rows / self.effective_batch)
+        self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)
+        self.memory = {
+            "weights": 4 * parameters,
+            "gradients": 4 * parameters,
+            "optimizer state": 2 * (1 if args.use_8bit_adam else 4) * parameters,
+            "EMA": 4 * parameters if args.use_ema else 0,
+        }
+        self.checkpoint_bytes = sum(self.memory.values()) - self.memory["gradients"]
+        base = Path(args.pretrained_model_name_or_path)
+        frozen = sum(size_on_disk(base / part) for part in PARTS if part != "unet") if base.is_dir() else FROZEN_BYTES
+        self.export_bytes = self.memory["weights"] + self.memory["EMA"] + frozen
 
     def saves_after(self, step):
         """Say whether a checkpoint is due after `step`: at every interval, and at the end."""
-        return step % self.checkpointing_steps == 0 or step == self.max_steps
+        return step % self.args.checkpointing_steps == 0 or step == self.max_steps
+
+    def saves_from(self, step):
+        """Return how many checkpoints are still due when `step` steps are done."""
+        interval = self.args.checkpointing_steps
+        return math.ceil(self.max_steps / interval) - step // interval if step < self.max_steps else 0
 
     def validates_after(self, step):
         """Say whether a validation is due after `step`: after epochs 1, 1 + V, 1 + 2V, …, and at the end."""
-        if self.validation_epochs is None:
+        if not self.args.validation_prompts or step == 0:
             return False
         epoch, remainder = divmod(step, self.steps_per_epoch)
-        return step == self.max_steps or (remainder == 0 and (epoch - 1) % self.validation_epochs == 0)
+        return step == self.max_steps or (remainder == 0 and (epoch - 1) % self.args.validation_epochs == 0)
 
     def positions(self, step, rank=0):
         """Return the positions of the sample stream that process `rank` consumes in step `step`, counted from 0."""
@@ -680,36 +808,110 @@ class Plan:
         return range(first, first + self.batch_per_process)
 
     def __str__(self):
-        saves = sum(map(self.saves_after, range(1, self.max_steps + 1)))
-        validations = sum(map(self.validates_after, range(1, self.max_steps + 1)))
-        kept = min(saves, self.checkpoints_total_limit or saves)
-        size = self.checkpoint_bytes / 1e9
+        saves, epochs = self.saves_from(0), self.max_steps // self.steps_per_epoch
+        validations = 0
+        if self.args.validation_prompts:
+            validations = math.ceil(epochs / self.args.validation_epochs)
+            last = epochs * self.steps_per_epoch == self.max_steps and (epochs - 1) % self.args.validation_epochs == 0
+            validations += not last  # there is one at the end in any case
+        kept = min(saves, self.args.checkpoints_total_limit or saves)
+        each = gigabytes(self.checkpoint_bytes)
+        memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
         return (
             f"  rows             {self.rows}\n"
             f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
             f"  steps            {self.max_steps} ({self.steps_per_epoch} per epoch, "
             f"{self.max_steps / self.steps_per_epoch:.1f} epochs)\n"
             f"  learning rate    {self.learning_rate:g}\n"
-            f"  checkpoints      {saves}, {kept} of them kept: {size:.2f} GB each, {kept * size:.2f} GB in all\n"
+            f"  memory           {memory}; activations come on top\n"
+            f"  checkpoints      {saves}, {kept} of them kept: {each} each, "
+            f"{gigabytes(kept * self.checkpoint_bytes)} in all\n"
+            f"  export           {gigabytes(self.export_bytes)}\n"
             f"  validations      {validations}"
         )
 
 
-def resume_problems(saved, args, plan, seed):
-    """Compare the run that a checkpoint belongs to with this one: what must agree for the stream to go on."""
-    flags = {
-        "seed": ("--seed", seed),
-        "effective_batch": ("--train_batch_size, --gradient_accumulation_steps", plan.effective_batch),
-        "rows": ("--dataset_name, --train_data_dir, --max_train_samples", plan.rows),
-        "use_ema": ("--use_ema", args.use_ema),
+def gigabytes(size):
+    """Return a number of bytes in words."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def disk_of(folder):
+    """Return the folder itself, or as much of its path as is there."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+
+
+def size_on_disk(path):
+    """Return the bytes of a file, or of all files in a folder; 0 where there is neither."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def compare_runs(saved, plan, now, data):
+    """Compare the run that a checkpoint belongs to with the one that is to go on from it.
+
+    Args:
+        saved (dict): the trainer's state in the checkpoint.
+        plan (Plan): of the run that is to go on.
+        now (dict): its arguments, with the seed and the precision that it has in the end.
+        data (str): fingerprint of its data set.
+
+    Returns:
+        tuple[list[str], list[str]]: problems, where the stream of samples could not go on or the checkpoint lacks what
+        is needed, and warnings, where the rest of the training will differ from its beginning.
+    """
+    before, batch = saved["args"], "--train_batch_size x --gradient_accumulation_steps x processes"
+    identity = {
+        "--seed": (now["seed"], saved["seed"]),
+        batch: (plan.effective_batch, saved["effective_batch"]),
+        "fingerprint of the data set": (data, saved["data"]),
+        "--max_train_samples": (now["max_train_samples"], before.get("max_train_samples")),
+        "--use_8bit_adam": (now["use_8bit_adam"], before.get("use_8bit_adam")),
     }
+    if now["use_ema"]:  # to go on without an average is possible, to start one in the middle is not
+        identity["--use_ema"] = (True, before.get("use_ema"))
     problems = [
-        f"{flag}: {name} is {value}, but {saved[name]} in the run that --resume_from_checkpoint goes on with"
-        for name, (flag, value) in flags.items()
-        if saved[name] != value
+        f"{name}: {here} here, but {there} in the run that --resume_from_checkpoint goes on with"
+        for name, (here, there) in identity.items()
+        if here != there
     ]
     if saved["step"] > plan.max_steps:
-        problems.append(
-            f"--max_train_steps: the checkpoint is at step {saved['step']}, past the last, {plan.max_steps}"
+        problems.append(f"--max_train_steps {plan.max_steps}: the checkpoint is already at step {saved['step']}")
+
+    changes = {f"--{name}": (now[name], before.get(name)) for name in TRAINING}
+    schedule = now["lr_scheduler"]
+    if schedule not in ("constant", "constant_with_warmup"):
+        changes[f"steps that --lr_scheduler {schedule} stretches over"] = (plan.max_steps, saved["max_steps"])
+    return problems, [
+        f"{name}: {then} so far, {here} from here" for name, (here, then) in changes.items() if here != then
+    ]
+
+
+def compare_disk(plan, step):
+    """Compare what a run that stands at `step` is to write with the room there is.
+
+    Returns:
+        tuple[list[str], list[str]]: problems, where not even two checkpoints (those already there count) and the
+        export fit, and warnings, where not all of them do, or they take more than 100 GB.
+    """
+    args, output = plan.args, Path(plan.args.output_dir).resolve()
+    there, litter = checkpoints(output), [*output.glob(".*checkpoint-*"), output / ".export"]
+    if args.overwrite_output_dir:
+        there, litter = [], [*litter, *(path for path in output.glob("*") if is_ours(path.name))]
+    free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, litter))
+    saves, limit = plan.saves_from(step), args.checkpoints_total_limit
+    most = saves if limit is None else min(saves, max(1, limit + 1 - len(there)))  # the oldest goes after the new one
+    least = min(saves, 1 if there else 2)
+    least, total = (plan.export_bytes + count * plan.checkpoint_bytes for count in (least, most))
+    sizes = (
+        f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)} and an export of {gigabytes(plan.export_bytes)}"
+    )
+    if free < least:
+        return [f"--output_dir {output}: {gigabytes(free)} free, at least {gigabytes(least)} needed ({sizes})"], []
+    if free < total or total > 100e9:
+        remedy = (
+            "--checkpoints_total_limit 2 keeps the last two"
+            if limit is None or limit > 2
+            else "another disk may have more"
         )
-    return problems
+        return [], [f"{sizes} make {gigabytes(total)}, {gigabytes(free)} are free; {remedy}"]
+    return [], []

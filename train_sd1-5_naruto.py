@@ -13,10 +13,11 @@ weights, optimizer state and EMA are float32.
 in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, resolution / 8, resolution / 8).
 """
 
-from sd_config import Plan, checkpoints, is_ours, is_saved_dataset, parse_args, read_state, resume_problems, stop
+import sd_config
+from sd_config import Plan, stop
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # answers --help and typos before the slow imports below
+    ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
 
 import contextlib
 import copy
@@ -32,8 +33,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
+import zipfile
 from pathlib import Path
 
 import accelerate
@@ -57,38 +62,39 @@ from transformers import CLIPTokenizer
 
 import infer
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXPERIMENT_NAME = "SD1-5_火影忍者"
 LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
 VALIDATION_STEPS = 20  # denoising steps of a validation picture
 GUIDANCE_SCALE = 7.5
+MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen from 2^16 to 2^-14
 
 
 def main(args):
     """Train as `args` (of `sd_config.parse_args`) say, and export the result to `args.output_dir`."""
     quiet_libraries()
     accelerator = create_accelerator(args)
-    saved = read_state(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    saved = sd_config.read_state(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     seed = choose_seed(args, saved, accelerator)
 
     # What can be known without the weights is checked before they are loaded.
-    tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
     noise_scheduler = load_noise_scheduler(args)
+    tokenizer = load_tokenizer(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
-    plan = Plan.of(args, len(rows), accelerator.num_processes, count_parameters(args))
-    if saved:
-        stop(resume_problems(saved, args, plan, seed))
-    accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
+    plan = Plan(args, len(rows.kept), accelerator.num_processes, count_parameters(args))
+    check_plan(plan, saved, seed, rows, accelerator)
     if args.dry_run:
         return
 
-    run = load_run(args, plan, seed, accelerator, noise_scheduler)
-    if saved:
-        restore(run, saved)
-    start_tracker(run)
-    prepare_output(run)
-    train(run, rows, tokenizer)
-    export(run)
-    accelerator.end_training()
+    with claimed_output(args, saved, accelerator):
+        run = load_run(args, plan, seed, rows, accelerator, noise_scheduler)
+        if saved:
+            restore(run, saved)
+        start_tracker(run)
+        clear_output(run)
+        with rescued(run):
+            train(run)
+            export(run)
 
 
 def quiet_libraries():
@@ -102,18 +108,27 @@ def quiet_libraries():
 
 def create_accelerator(args):
     """Return accelerate's Accelerator: device, processes, precision, accumulation, trackers."""
-    accelerator = accelerate.Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-        # The others wait while the first downloads, validates and saves: ten minutes, the usual limit, may be too few.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
-    )
+    try:
+        accelerator = accelerate.Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+            # The others wait while the first downloads, validates and saves: the usual ten minutes may be too few.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
+        )
+    except (ValueError, ImportError) as error:  # a precision that the device lacks, a launch that is incomplete
+        stop([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word.
         problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != str(accelerator.num_processes):
+        problems.append(
+            f"WORLD_SIZE {launched}: accelerate sees {accelerator.num_processes} process(es); launch with "
+            "accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
+        )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         problems.append(
@@ -142,6 +157,15 @@ def load_base(loader, args, **kwargs):
     return infer.load(loader, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, **kwargs)
 
 
+def load_tokenizer(args):
+    """Return the base model's tokenizer; one that lacks files would load all the same, and know no words."""
+    tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
+    if len(tokenizer) < 256 or tokenizer.model_max_length > 10**6:
+        name = args.pretrained_model_name_or_path
+        stop([f"--pretrained_model_name_or_path {name}: its tokenizer lacks its vocabulary or its settings"])
+    return tokenizer
+
+
 def load_noise_scheduler(args):
     """Return the DDPM noise schedule of the base model, with the prediction type that is to be trained."""
     chosen = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
@@ -156,9 +180,26 @@ def load_noise_scheduler(args):
 
 def count_parameters(args):
     """Return how many weights the base model's UNet has, from its configuration alone."""
-    config = load_base(UNet2DConditionModel.load_config, args, subfolder="unet")
+    return sum(parameter.numel() for parameter in load_base(describe_unet, args, subfolder="unet").parameters())
+
+
+def describe_unet(name, **kwargs):
+    """Return a UNet without the memory for its weights."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in UNet2DConditionModel.from_config(config).parameters())
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, **kwargs))
+
+
+def check_plan(plan, saved, seed, rows, accelerator):
+    """Print the plan and what there is to say against it; exit with code 2 if that forbids the run."""
+    problems, warnings = sd_config.compare_disk(plan, saved["step"] if saved else 0)
+    if saved:
+        now = final_args(plan.args, accelerator) | {"seed": seed}
+        unlike, changed = sd_config.compare_runs(saved, plan, now, rows.fingerprint)
+        problems, warnings = unlike + problems, changed + warnings
+    stop(problems)
+    accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
+    for warning in warnings:
+        accelerator.print(f"warning: {warning}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,21 +207,42 @@ def count_parameters(args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(args, tokenizer, seed, accelerator):
-    """Return the rows to train on, as a data set with the image and the caption column.
+@dataclasses.dataclass
+class Rows:
+    """The data set, and which of its rows are trained on."""
 
-    Exits with code 2 if the data set, its train split, a column or a caption is not there or not usable.
+    table: datasets.Dataset  # all rows: the image and the caption column
+    fingerprint: str  # of every caption and picture file, in their order
+    bad: dict  # number of a row left out by --skip_bad_rows -> what is wrong with it
+    kept: list  # numbers of the rows trained on
+
+
+def load_rows(args, tokenizer, seed, accelerator):
+    """Return the `Rows` to train on.
+
+    Exits with code 2 if the data set, its train split, a column, a caption or a picture's file is not there or not
+    usable. Whether a picture can be decoded is found out here only with --skip_bad_rows.
     """
     with accelerator.local_main_process_first():
-        rows = read_dataset(args)
-    check_columns(rows, args)
-    rows = rows.select_columns([args.image_column, args.caption_column])
-    check_captions(list(rows[args.caption_column]), args.caption_column, tokenizer, accelerator)
-    if args.max_train_samples is not None and args.max_train_samples < len(rows):
-        return rows.select(permutation(seed, "subset", len(rows))[: args.max_train_samples])
-    if args.max_train_samples is not None and args.max_train_samples > len(rows):
-        accelerator.print(f"note: --max_train_samples {args.max_train_samples}: the data set has {len(rows)}, all used")
-    return rows
+        table = read_dataset(args)
+    check_columns(table, args)
+    table = table.select_columns([args.image_column, args.caption_column])
+    check_captions(list(table[args.caption_column]), args.caption_column, tokenizer, accelerator)
+    found = [read_pictures(table, args) if accelerator.is_main_process else None]
+    fingerprint, bad = broadcast_object_list(found)[0]
+    if bad and not args.skip_bad_rows:
+        names = [f"{describe(table, number, args)}: {wrong}" for number, wrong in bad.items()]
+        stop([*names[:10], f"{len(bad)} row(s) without a readable picture; --skip_bad_rows trains on the others"])
+    for number in bad:
+        accelerator.print(f"note: left out {describe(table, number, args)}: {bad[number]}")
+    limit = args.max_train_samples
+    numbers = range(len(table)) if limit is None or limit >= len(table) else permutation(seed, "subset", len(table))
+    kept = [number for number in numbers if number not in bad][:limit]
+    if not kept:
+        stop(["--skip_bad_rows: no row is left"])
+    if limit is not None and limit > len(kept):
+        accelerator.print(f"note: --max_train_samples {limit}: the data set has {len(kept)}, all used")
+    return Rows(table, fingerprint, bad, kept)
 
 
 def read_dataset(args):
@@ -191,13 +253,13 @@ def read_dataset(args):
         if name is None:
             files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
             splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
-        elif is_saved_dataset(name):
+        elif sd_config.is_saved_dataset(name):
             splits = datasets.load_from_disk(name)
         else:
             splits = datasets.load_dataset(
                 name, args.dataset_config_name, data_dir=args.train_data_dir, cache_dir=args.cache_dir
             )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the library raises many kinds for what is wrong with a file
         stop([f"{flag}: cannot be loaded (check name and network, or give a local folder): {error}"])
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
@@ -240,6 +302,60 @@ def list_captions(caption):
     return texts if all(isinstance(text, str) and text.strip() for text in texts) else []
 
 
+def read_pictures(table, args):
+    """Read every picture's file once; with --skip_bad_rows decode it too, unless an earlier run did.
+
+    Returns:
+        tuple[str, dict[int, str]]: a fingerprint of the data set, which is another one if a caption or a byte of a
+        picture is, and what is wrong with each row whose picture is not usable.
+    """
+    digest, bad = hashlib.sha256(), {}
+    files = table.cast_column(args.image_column, datasets.Image(decode=False))
+    for number, row in enumerate(files):
+        picture = row[args.image_column] or {}
+        path, content = picture.get("path"), picture.get("bytes")
+        try:
+            if path and content is None:  # the address of one that is not on this machine stands for it
+                content = path.encode() if "://" in path else Path(path).read_bytes()
+            if not content:
+                bad[number] = "the picture is empty"
+        except OSError as error:
+            bad[number] = f"the picture cannot be read: {error}"
+        content = content or b""
+        digest.update(repr((row[args.caption_column], len(content))).encode() + content)
+    fingerprint = digest.hexdigest()[:16]
+    if args.skip_bad_rows:
+        memory = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.json")
+        if memory.exists():
+            decoded = {int(number): wrong for number, wrong in json.loads(memory.read_text("utf-8")).items()}
+        else:
+            numbers = tqdm([number for number in range(len(table)) if number not in bad], desc="Decoding every picture")
+            faults = ((number, picture_fault(table, number, args)) for number in numbers)
+            decoded = {number: wrong for number, wrong in faults if wrong}
+            draft = memory.with_suffix(".new")  # a killed run leaves nothing half written
+            with contextlib.suppress(OSError):  # where nothing can be kept, the next run decodes again
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_text(json.dumps(decoded), "utf-8")
+                draft.replace(memory)
+        bad |= decoded
+    return fingerprint, dict(sorted(bad.items()))
+
+
+def picture_fault(table, number, args):
+    """Return what keeps a row's picture from being decoded, or None if nothing does."""
+    try:
+        to_rgb(table[number][args.image_column])
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        return f"{type(error).__name__}: {error}"
+
+
+def describe(table, number, args):
+    """Name a row for people: its number and, where it has one, its file."""
+    files = table.cast_column(args.image_column, datasets.Image(decode=False))
+    path = (files[number][args.image_column] or {}).get("path")
+    return f"row {number}" + (f" ({path})" if path else "")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The sample stream: position -> everything that a training sample needs
 # ------------------------------------------------------------------------------------------------------------
@@ -260,28 +376,45 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """Return the sample at `position` (from 0) as a dictionary of tensors without a batch dimension."""
-        args, draws = self.args, keyed_generator(self.seed, "sample", position)
-        epoch, index = divmod(position, len(self.rows))
-        row = self.rows[permutation(self.seed, epoch, len(self.rows))[index]]
-
-        choice, dropout, top, left, flip = torch.rand(5, generator=draws).tolist()
+        args, drawn = self.args, self.draw(position)
+        choice, dropout, top, left, flip = drawn.pop("choices").tolist()
+        number = self.row(position)
+        try:
+            row = self.rows.table[number]
+            pixel_values = to_pixels(
+                row[args.image_column],
+                args.resolution,
+                args.image_interpolation_mode,
+                crop=None if args.center_crop else (top, left),
+                flip=args.random_flip and flip < 0.5,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            wrong = f"{describe(self.rows.table, number, args)}: {type(error).__name__}: {error}"
+            raise BadRow(f"{wrong} (--skip_bad_rows trains without such rows)") from None
         captions = list_captions(row[args.caption_column])
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
-        crop = None if args.center_crop else (top, left)
-        flip = args.random_flip and flip < 0.5
-        sample = {
-            "pixel_values": to_pixels(
-                row[args.image_column], args.resolution, args.image_interpolation_mode, crop=crop, flip=flip
-            ),
-            "input_ids": tokenize(self.tokenizer, caption),
+        return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, caption), **drawn}
+
+    def draw(self, position):
+        """Return everything random about the sample at `position`, as a dictionary of tensors."""
+        draws = keyed_generator(self.seed, "sample", position)
+        drawn = {
+            "choices": torch.rand(5, generator=draws),
             "posterior_noise": torch.randn(self.latent_shape, generator=draws),
             "timesteps": torch.randint(self.num_train_timesteps, (), generator=draws),
             "noise": torch.randn(self.latent_shape, generator=draws),
             "noise_offset": torch.randn((self.latent_shape[0], 1, 1), generator=draws),
         }
-        if args.input_perturbation:
-            sample["input_perturbation"] = torch.randn(self.latent_shape, generator=draws)
-        return sample
+        if self.args.input_perturbation:
+            drawn["input_perturbation"] = torch.randn(self.latent_shape, generator=draws)
+        return drawn
+
+    def row(self, position):
+        """Return the number of the row that the sample at `position` shows."""
+        epoch, index = divmod(position, len(self.rows.kept))
+        return self.rows.kept[permutation(self.seed, epoch, len(self.rows.kept))[index]]
 
 
 def keyed_generator(*key):
@@ -321,6 +454,8 @@ def to_pixels(image, resolution, interpolation, *, crop, flip):
 
 def to_rgb(image):
     """Return any PIL picture upright and in RGB: transparency over white, deep pictures scaled to 8 bits."""
+    if max(image.size) > 100 * min(image.size):  # its shorter side at the resolution, the longer would fill the memory
+        raise ValueError(f"{image.width}x{image.height} is too narrow")
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # PIL itself would clip everything above 255 to white
         return Image.fromarray(to_8_bits(np.asarray(image, np.float64), image.mode)).convert("RGB")
@@ -374,12 +509,21 @@ class Run:
     lr_lambda: object  # step, from 0 -> factor of the learning rate
     prediction_type: str
     alphas_cumprod: torch.Tensor  # ᾱ_t, float32 on the device, shape (timesteps,)
+    stream: SampleStream
+    nonfinite: torch.Tensor  # on the device: 1 once a loss or gradient was not finite, from when on no step updates
+    optimizer_asks: bool  # whether the optimizer itself looks at that, so that the host need not
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
     loss_scale: float | None = None  # fp16 only: the scaler's factor after the last step
+    skipped: int = 0  # fp16 only: steps skipped in a row
+    sound: bool = True  # weights, moments, average and step number belong together
+    checkpoint: Path | None = None  # the last one saved, or the one resumed from
+    saved_step: int = 0  # its step
+    tracker_failed: bool = False
+    progress: object = None  # Progress, while it is trained
 
 
-def load_run(args, plan, seed, accelerator, noise_scheduler):
+def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     """Load the models, and build the optimizer and its schedule."""
     pipeline, ema_unet = load_models(args)
     unet = pipeline.unet.requires_grad_(True).train()
@@ -400,6 +544,9 @@ def load_run(args, plan, seed, accelerator, noise_scheduler):
     schedule = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
     )
+    nonfinite = torch.zeros((), device=accelerator.device)
+    if optimizer.defaults.get("fused") and not accelerator.scaler:  # fp16's scaler brings a flag of its own
+        optimizer.found_inf = nonfinite
     unet, optimizer = accelerator.prepare(unet, optimizer)
 
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -422,6 +569,17 @@ def load_run(args, plan, seed, accelerator, noise_scheduler):
         lr_lambda=schedule.lr_lambdas[0],
         prediction_type=noise_scheduler.config.prediction_type,
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
+        stream=SampleStream(
+            rows,
+            copy.deepcopy(pipeline.tokenizer),  # it remembers how it was used, and is exported untouched
+            args,
+            seed,
+            latent_channels=vae.config.latent_channels,
+            latent_size=args.resolution // pipeline.vae_scale_factor,
+            num_train_timesteps=len(noise_scheduler.alphas_cumprod),
+        ),
+        nonfinite=nonfinite,
+        optimizer_asks=bool(optimizer.defaults.get("fused") or accelerator.scaler),
     )
 
 
@@ -444,31 +602,34 @@ def load_models(args):
         ]
         ema_unet = unets[-1]
         pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, unet=unets[0], **weights)
-    # The libraries may load half-precision files as float32; that is undone for what will be exported untouched.
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
-        if part is not None:
-            part.to(stored_dtype(part, args.variant))
+    for name in ("unet", "vae", "text_encoder", "safety_checker"):
+        part = getattr(pipeline, name)
+        dtypes = stored_dtypes(part, args.variant) if part is not None else []
+        held = sum(tensor.is_floating_point() for tensor in part.state_dict().values()) if dtypes else 0
+        if len(dtypes) < held:  # transformers would have made up the others
+            base = args.pretrained_model_name_or_path
+            stop([f"--pretrained_model_name_or_path {base}: {name} has {len(dtypes)} of its {held} tensors"])
+        # Half-precision files may have been loaded as float32: what is exported untouched goes back to what it was.
+        if dtypes and name != "unet":
+            part.to(dtypes[0])
     return pipeline, ema_unet
 
 
-def stored_dtype(model, variant):
-    """Return the dtype of a model's weights in the file that they were loaded from."""
+def stored_dtypes(model, variant):
+    """Return the dtypes of a model's floating-point tensors in the file that they were loaded from, if it is found."""
     folder, stems = Path(model.config._name_or_path), ("diffusion_pytorch_model", "model", "pytorch_model")
     for suffix, infix, stem in itertools.product((".safetensors", ".bin"), (f".{variant}", ""), stems):
         file = folder / f"{stem}{infix}{suffix}"
-        if file.is_file():  # SD1.5's text encoder has a buffer of integers too
-            return next(tensor.dtype for tensor in stored_tensors(file) if tensor.is_floating_point())
-    return model.dtype
-
-
-def stored_tensors(file):
-    """Yield the tensors of a weight file, as they are stored."""
-    if file.suffix == ".bin":
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).values()
-    else:
+        if not file.is_file():
+            continue
+        if suffix == ".bin":
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).values()
+            return [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                yield tensors.get_tensor(name)
+            found = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (no dictionary)
+        return [names[dtype] for dtype in found if dtype in names]
+    return []
 
 
 def create_optimizer(args, plan, unet):
@@ -483,32 +644,52 @@ def create_optimizer(args, plan, unet):
         from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
 
         return AdamW8bit(unet.parameters(), **settings)
-    return torch.optim.AdamW(unet.parameters(), fused=unet.device.type in ("cpu", "cuda", "mps", "xpu"), **settings)
+    # Fused only where it is known to heed `found_inf`, on which the guard against NaN rests: mps, for one, does not.
+    return torch.optim.AdamW(unet.parameters(), fused=unet.device.type in ("cpu", "cuda"), **settings)
 
 
 def restore(run, saved):
     """Bring the run to where a checkpoint was saved; its UNets were loaded with the models."""
     folder = run.args.resume_from_checkpoint
     # Only the moments: flags such as --adam_weight_decay are this run's own.
-    moments = torch.load(folder / "optimizer.pt", map_location=run.accelerator.device, weights_only=True)
+    # torch.load knows no cpu:0, which is what the processes of a CPU run have.
+    location = "cpu" if run.accelerator.device.type == "cpu" else run.accelerator.device
+    kwargs = {"map_location": location, "weights_only": True}
+    moments = infer.load(torch.load, "--resume_from_checkpoint", folder / "optimizer.pt", **kwargs)
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     if run.ema:
         run.ema.optimization_step = saved["ema_step"]
     if run.accelerator.scaler and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
-    run.step, run.loss = saved["step"], saved["loss"]
+    run.step, run.saved_step, run.loss, run.checkpoint = saved["step"], saved["step"], saved["loss"], folder
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
 
 
-def prepare_output(run):
-    """Make the output folder, without the run that --overwrite_output_dir gives up (its logs stay)."""
+@contextlib.contextmanager
+def claimed_output(args, saved, accelerator):
+    """Make the output folder, and keep every other trainer out of it for as long as this is entered."""
+    if accelerator.is_main_process:
+        output, step = Path(args.output_dir), saved["step"] if saved else 0
+        output.mkdir(parents=True, exist_ok=True)
+        with sd_config.lock(output):
+            newer = [path for path in sd_config.checkpoints(output) if sd_config.number(path) > step]
+            whole = [path for path in newer if not args.overwrite_output_dir and not sd_config.damage(path)]
+            if whole:  # while this one was starting
+                stop([f"--output_dir {output}: {whole[-1].name} was saved by another process just now; start again"])
+            yield
+    else:
+        yield
+
+
+def clear_output(run):
+    """Delete the litter of a run that was killed, and the run that --overwrite_output_dir gives up (not its logs)."""
     output = Path(run.args.output_dir)
     if run.accelerator.is_main_process:
+        for path in (*output.glob(".*checkpoint-*"), output / ".export"):
+            shutil.rmtree(path, ignore_errors=True)
         if run.args.overwrite_output_dir:
-            for path in output.iterdir() if output.is_dir() else ():
-                if is_ours(path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        output.mkdir(parents=True, exist_ok=True)
+            for path in filter(lambda path: sd_config.is_ours(path.name), output.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.accelerator.wait_for_everyone()
 
 
@@ -525,7 +706,25 @@ def start_tracker(run):
             options["swanlab"] = swanlab_options(folder)
     plain = (bool, int, float, str)  # all that TensorBoard takes
     config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
-    run.accelerator.init_trackers(args.tracker_project_name, config | {"seed": run.seed}, options)
+    start = functools.partial(run.accelerator.init_trackers, args.tracker_project_name, config | {"seed": run.seed})
+    try:
+        start(options)
+    except Exception as error:  # a key that is refused, a server out of reach
+        print(f"warning: {args.report_to} cannot start: {error}")
+        run.accelerator.trackers.clear()  # it is among them all the same
+        if args.report_to == "swanlab":
+            print(f"Offline run in {folder}: upload it with swanlab sync.")
+            report(run, start, {"swanlab": options["swanlab"] | {"mode": "offline", "reinit": True}})
+
+
+def report(run, send, *args, **kwargs):
+    """Call something of the tracker's. Its first failure is a warning, and none stops the training."""
+    try:
+        send(*args, **kwargs)
+    except Exception as error:
+        if not run.tracker_failed:
+            print(f"warning: {run.args.report_to} failed; training goes on without what it misses: {error!r}")
+        run.tracker_failed = True
 
 
 def swanlab_options(folder):
@@ -554,43 +753,177 @@ def swanlab_options(folder):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def train(run, rows, tokenizer):
-    """Train from the step that the run has reached to its last, saving and validating when the plan says so."""
-    progress = Progress(run)
-    for batch in create_loader(run, rows, tokenizer):
-        metrics = train_step(run, batch)
-        run.step += 1
-        progress.add(metrics)
-        saves, validates = run.plan.saves_after(run.step), run.plan.validates_after(run.step)
-        if saves or validates or run.step % LOG_EVERY == 0 or run.step == run.plan.max_steps:
-            progress.flush()
-        if saves:
-            save_checkpoint(run)
-        if validates:
-            validate(run)
-        if saves or validates:
-            progress.restart_clock()
+def train(run):
+    """Train from the step that the run has reached to its last, saving and validating when the plan says so.
+
+    After the first SIGTERM or SIGINT, finish the step, save, and exit with the code that shells give that signal.
+    """
+    progress = run.progress = Progress(run)
+    with Signals(run.accelerator) as signals:
+        if run.plan.validates_after(run.step):
+            validate(run, signals, missing_only=True)  # it may have been cut short when the run was stopped
+        leave_if_asked(run, signals)
+        for batch in create_loader(run):
+            progress.add(train_step(run, batch))
+            saves, validates = run.plan.saves_after(run.step), run.plan.validates_after(run.step)
+            if saves or validates or run.step % LOG_EVERY == 0:
+                progress.flush()
+            if saves:
+                save_checkpoint(run)
+            if validates:
+                validate(run, signals)
+            if saves or validates:
+                progress.restart_clock()
+            leave_if_asked(run, signals)
     progress.close()
 
 
-def create_loader(run, rows, tokenizer):
+def leave_if_asked(run, signals):
+    """Save and exit if a process of this run has received a signal."""
+    if number := signals.received_by_any():
+        run.progress.flush()
+        save_checkpoint(run)
+        sys.exit(128 + number)
+
+
+def create_loader(run):
     """Return a loader that yields, for each step still to be done, this process's share of its samples."""
-    stream = SampleStream(
-        rows,
-        tokenizer,
-        run.args,
-        run.seed,
-        latent_channels=run.vae.config.latent_channels,
-        latent_size=run.args.resolution // run.pipeline.vae_scale_factor,
-        num_train_timesteps=len(run.alphas_cumprod),
-    )
     steps, rank = range(run.step, run.plan.max_steps), run.accelerator.process_index
     return torch.utils.data.DataLoader(
-        stream,
-        batch_sampler=[run.plan.positions(step, rank) for step in steps],
+        run.stream,
+        batch_sampler=map(functools.partial(run.plan.positions, rank=rank), steps),
         num_workers=run.args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=run.accelerator.device.type == "cuda",
     )
+
+
+def ignore_signals(_worker):
+    """Leave to the training process what a signal means: it needs its workers to the end of the step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Signals:
+    """Takes note of the first SIGTERM or SIGINT while it is entered. A second one ends the process at once."""
+
+    def __init__(self, accelerator):
+        self.number = 0
+        # The processes agree through their hosts' memory: the device is not asked, so nobody waits for it.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        if not self.number:  # after one, another ends the process at once whatever it does
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def note(self, number, _frame):
+        """Remember the first signal. From then on both do what the system does by default."""
+        if self.number:
+            if time.monotonic() > self.noted + 1:
+                os._exit(128 + number)
+            return
+        self.number, self.noted = number, time.monotonic()
+        if "LOCAL_RANK" not in os.environ:  # a launcher passes on signals that this process may have got as well
+            for each in STOP_SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        # Not print: the signal may have come while something was being printed.
+        os.write(2, b"\nStopping: this step will be finished and saved. A second signal stops at once.\n")
+
+    def received_by_any(self):
+        """Return the number of the signal that this process, or another of the run, has received; 0 if none has."""
+        if self.group is None:
+            return self.number
+        number = torch.tensor(self.number)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        return int(number)
+
+
+class Explained(Exception):
+    """An error whose message says all there is to say: it is shown without a traceback."""
+
+    code = 1
+    everywhere = False  # all processes of the run raise it at the same step
+
+
+class BadRow(Explained):
+    """A row's picture cannot be decoded."""
+
+    code = 2
+
+
+class NotFinite(Explained):
+    """A loss or a gradient was not finite."""
+
+    everywhere = True
+
+
+@contextlib.contextmanager
+def rescued(run):
+    """Whatever ends the run: save what was trained, finish the tracker, and leave with a message and a code."""
+    code, together = 0, True
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as end:  # after a signal: all processes come to it at the same step
+        code = getattr(end, "code", 130)
+    except Exception as error:
+        known = isinstance(error, Explained)
+        code, together = (error.code, error.everywhere) if known else (1, False)
+        explain(error, run)
+        traceback.clear_frames(error.__traceback__)  # they hold what fills the memory, if that is the error
+        if run.accelerator.num_processes == 1:
+            together = True
+            rescue(run)
+    if together:
+        finish_tracker(run, code)
+    else:  # it may wait for a network, and other processes for this one
+        finish = threading.Thread(target=finish_tracker, args=(run, code), daemon=True)
+        finish.start()
+        finish.join(60)
+    if code and (run.accelerator.is_main_process or not together):
+        how = ": add --resume_from_checkpoint latest to go on from there" if run.checkpoint else ""
+        print(f"Stopped at step {run.step}. Last checkpoint: {run.checkpoint or 'none'}{how}", file=sys.stderr)
+    if not together:  # the others may be waiting for this process, and would for ever: their launcher ends them
+        sys.stdout.flush()
+        os._exit(code)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.state.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def finish_tracker(run, code):
+    """Close the tracker's run; SwanLab is told how it ended."""
+    for tracker in run.accelerator.trackers:
+        if code and tracker.name == "swanlab" and run.accelerator.is_main_process:
+            state = "aborted" if code > 128 else "crashed"
+            report(run, tracker.tracker.finish, state=state, error=f"stopped at step {run.step}, exit code {code}")
+        else:
+            report(run, tracker.finish)
+
+
+def explain(error, run):
+    """Print an error: with its traceback, unless its message is enough."""
+    if not isinstance(error, Explained):
+        traceback.print_exception(error)
+    elif run.accelerator.is_main_process or not error.everywhere:
+        message = str(error).rpartition("BadRow: ")[2]  # a loader's worker puts its traceback before it
+        print(f"\nerror: {message.strip()}", file=sys.stderr)
+
+
+def rescue(run):
+    """After an error in a run of one process, log what was trained before it, and save it if it is sound."""
+    try:
+        if run.progress:
+            run.progress.flush()
+        if run.sound and run.step:
+            save_checkpoint(run)
+    except Exception as error:  # a device that has failed, a disk that is full
+        explain(error, run)
 
 
 def train_step(run, batch):
@@ -607,7 +940,7 @@ def train_step(run, batch):
     set_learning_rate(run.optimizer, learning_rate)
     if accelerator.scaler and run.loss_scale is None:
         run.loss_scale = accelerator.scaler.get_scale()
-    losses = []
+    losses, optimizer = [], run.optimizer
     for first in range(0, run.plan.batch_per_process, args.train_batch_size):
         with accelerator.accumulate(run.unet):
             micro_batch = {
@@ -616,18 +949,27 @@ def train_step(run, batch):
             }
             loss = diffusion_loss(run, micro_batch)
             accelerator.backward(loss)
+            losses.append(loss.detach())
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        losses.append(loss.detach())
-    metrics = {"loss": torch.stack(losses).mean(), "grad_norm": gradient_norm, "lr": learning_rate}
+                loss = torch.stack(losses).mean()
+                run.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
+                run.sound = False  # until weights, average and step number belong together again
+            if run.optimizer_asks or not accelerator.sync_gradients or not run.nonfinite.item():
+                optimizer.step()
+            optimizer.zero_grad()
+    metrics = {"loss": loss, "grad_norm": gradient_norm, "lr": learning_rate}
     if accelerator.scaler:
         # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
         scale, run.loss_scale = run.loss_scale, accelerator.scaler.get_scale()
         metrics["skipped"] = float(run.loss_scale < scale)
+        run.skipped = run.skipped + 1 if metrics["skipped"] else 0
     if run.ema and not metrics.get("skipped"):
         run.ema.step(run.unet.parameters())
+    run.step, run.sound = run.step + 1, True
+    if run.skipped == MAX_SKIPPED_STEPS:
+        where = describe_step(run, run.step, loss.item(), gradient_norm.item())
+        raise NotFinite(f"fp16 overflowed in {run.skipped} steps in a row, which bf16 would not; the last: {where}")
     return metrics
 
 
@@ -661,22 +1003,21 @@ class Progress:
 
     def flush(self):
         """Read the metrics not yet read (the one time that the host waits), and log each at its own step."""
-        run = self.run
-        tensors = [torch.stack([m["loss"], m["grad_norm"]]).float() for _, m in self.pending]
+        run, (pending, self.pending) = self.run, (self.pending, [])
+        if not pending:
+            return
+        tensors = [torch.stack([m["loss"], m["grad_norm"]]).float() for _, m in pending]
         values = run.accelerator.reduce(torch.stack(tensors), "mean").tolist()
-        images_per_sec = len(self.pending) * run.plan.effective_batch / (time.perf_counter() - self.clock)
-        for (step, metrics), (loss, grad_norm) in zip(self.pending, values, strict=True):
+        images_per_sec = len(pending) * run.plan.effective_batch / (time.perf_counter() - self.clock)
+        for (step, metrics), (loss, grad_norm) in zip(pending, values, strict=True):
             read = metrics | {"loss": loss, "grad_norm": grad_norm, "images_per_sec": images_per_sec}
             read["epoch"] = step / run.plan.steps_per_epoch
-            run.accelerator.log({f"train/{name}": value for name, value in read.items()}, step=step)
-            if not math.isfinite(loss) and not metrics.get("skipped"):
-                kept = checkpoints(run.args.output_dir)
-                sys.exit(
-                    f"error: the loss of step {step} is {loss}; the last checkpoint: {kept[-1] if kept else 'none'}"
-                )
+            report(run, run.accelerator.log, {f"train/{name}": value for name, value in read.items()}, step=step)
+            if not math.isfinite(loss + grad_norm) and not metrics.get("skipped"):
+                run.sound = False  # the average has gone on without the weights
+                raise NotFinite(describe_step(run, step, loss, grad_norm))
         run.loss = loss
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {metrics['lr']:.2e}, {images_per_sec:.1f} images/s")
-        self.pending = []
         self.restart_clock()
 
     def close(self):
@@ -684,6 +1025,19 @@ class Progress:
         self.bar.close()
         if self.run.accelerator.device.type == "cuda":
             self.run.accelerator.print(f"Peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
+def describe_step(run, step, loss, grad_norm):
+    """Say what was not finite in a step that no weights have taken, and which samples it saw."""
+    first, size = run.plan.positions(step - 1)[0], run.plan.effective_batch
+    seen = [
+        f"{run.stream.row(p)} ({int(run.stream.draw(p)['timesteps'])})" for p in range(first, first + min(size, 64))
+    ]
+    return (
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. The weights did not take it; nothing was saved since.\n"
+        f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"
+        "A run that goes on meets the same samples again: give it another setting, such as a smaller --learning_rate."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -791,46 +1145,59 @@ def ema_weights(run):
 @torch.no_grad()
 def swap_weights(run):
     """Exchange the values of the UNet's weights with those of their moving average."""
+    run.sound = False
     for parameter, average in zip(run.unet.parameters(), run.ema.shadow_params if run.ema else (), strict=False):
         held = parameter.clone()
         parameter.copy_(average)
         average.copy_(held)
+    run.sound = True
 
 
-def validate(run):
+def validate(run, signals, *, missing_only=False):
     """Draw the validation prompts with the averaged weights, save the pictures, and send them to the tracker.
 
     Every prompt is drawn with the run's seed by a generator of its own: neither the training stream nor another
-    prompt's picture depends on it.
+    prompt's picture depends on it. A validation that a signal cuts short is left to the run that is resumed.
     """
-    accelerator, prompts = run.accelerator, run.args.validation_prompts
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder = Path(run.args.output_dir, "samples", f"step-{run.step}")
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {"unet": accelerator.unwrap_model(run.unet), "vae": run.vae, "text_encoder": run.text_encoder}
-        pipeline = StableDiffusionPipeline(
-            **{**run.pipeline.components, **parts, "safety_checker": None}, requires_safety_checker=False
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        infer.set_prediction_type(pipeline, run.prediction_type)
-        settings = {
-            "num_inference_steps": VALIDATION_STEPS,
-            "guidance_scale": GUIDANCE_SCALE,
-            "height": run.args.resolution,
-            "width": run.args.resolution,
-        }
-        images = []
-        with ema_weights(run), accelerator.autocast():
-            for index, prompt in enumerate(prompts):
-                image = infer.sample(pipeline, prompt, seed=run.seed, **settings)
-                words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-                text = {"prompt": prompt, "seed": run.seed, "step": run.step, **settings}
-                infer.save_png(image, folder / f"{index}-{words}.png", text)
-                images.append(image)
-        make_image_grid(images, rows=1, cols=len(images)).save(folder / "grid.png")
-        log_images(run, images, prompts)
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
+    samples = Path(run.args.output_dir, "samples")
+    final, folder = samples / f"step-{run.step}", samples / f".step-{run.step}"
+    if run.accelerator.is_main_process and not (missing_only and final.exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        images = list(draw_samples(run, folder, signals))
+        if not signals.number:
+            make_image_grid(images, rows=1, cols=len(images)).save(folder / "grid.png")
+            report(run, log_images, run, images, run.args.validation_prompts)
+            discard(final)  # of a run that came this way before
+            folder.rename(final)
+    run.accelerator.wait_for_everyone()
+
+
+def draw_samples(run, folder, signals):
+    """Yield a picture of each validation prompt, and save it in `folder`, until a signal comes."""
+    parts = {"unet": run.accelerator.unwrap_model(run.unet), "vae": run.vae, "text_encoder": run.text_encoder}
+    parts["tokenizer"] = run.stream.tokenizer
+    pipeline = StableDiffusionPipeline(
+        **{**run.pipeline.components, **parts, "safety_checker": None}, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    infer.set_prediction_type(pipeline, run.prediction_type)
+    settings = {
+        "num_inference_steps": VALIDATION_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "height": run.args.resolution,
+        "width": run.args.resolution,
+    }
+    with ema_weights(run), run.accelerator.autocast():
+        for index, prompt in enumerate(run.args.validation_prompts):
+            if signals.number:
+                return
+            image = infer.sample(pipeline, prompt, seed=run.seed, **settings)
+            words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
+            text = {"prompt": prompt, "seed": run.seed, "step": run.step, **settings}
+            infer.save_png(image, folder / f"{index}-{words}.png", text)
+            yield image
 
 
 def log_images(run, images, captions):
@@ -847,26 +1214,70 @@ def log_images(run, images, captions):
 def save_checkpoint(run):
     """Save all that is needed to go on from this step, then let go of the oldest checkpoints above the limit.
 
-    The folder is written under a hidden name and renamed when it is whole, so that it either exists or does not.
+    A checkpoint either exists or it does not: it is written under a hidden name, checked by a manifest, flushed to
+    disk, and renamed. Only then do older ones go, which are hidden before they are deleted.
     """
     accelerator, output = run.accelerator, Path(run.args.output_dir)
+    final, folder = output / f"checkpoint-{run.step}", output / f".checkpoint-{run.step}"
+    if run.saved_step == run.step:
+        return
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        final, folder = output / f"checkpoint-{run.step}", output / f".checkpoint-{run.step}"
-        for stale in (folder, final):  # left by a save that was killed: complete ones are never written over
-            shutil.rmtree(stale, ignore_errors=True)
-        unet = accelerator.unwrap_model(run.unet)
-        unet.save_pretrained(folder / "unet")
-        if run.ema:
-            with ema_weights(run):
-                unet.save_pretrained(folder / "unet_ema")
-        torch.save(run.optimizer.state_dict()["state"], folder / "optimizer.pt")
-        (folder / "trainer_state.json").write_text(json.dumps(trainer_state(run), indent=2), encoding="utf-8")
-        folder.rename(final)
-        if run.args.checkpoints_total_limit is not None:
-            for old in checkpoints(output)[: -run.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+        with written_whole(run, final, folder, run.plan.checkpoint_bytes):
+            write_checkpoint(run, folder)
+            discard(final)  # a damaged one: this run has come from before it
+            folder.rename(final)
+            sd_config.flush(output, within=False)
+        prune_checkpoints(run)
+    run.checkpoint, run.saved_step = final, run.step
     accelerator.wait_for_everyone()
+
+
+def prune_checkpoints(run):
+    """Delete the oldest checkpoints above the limit; one that cannot be deleted stops nothing."""
+    limit, output = run.args.checkpoints_total_limit, Path(run.args.output_dir)
+    past = [path for path in sd_config.checkpoints(output) if sd_config.number(path) <= run.step]
+    # What lies between this one and the one before was passed over when the run was resumed: it is damaged.
+    passed = [path for path in past if run.saved_step < sd_config.number(path) < run.step]
+    whole = [path for path in past if path not in passed]
+    try:
+        for old in (*passed, *whole[:-limit]) if limit is not None else ():
+            discard(old)
+    except OSError as error:
+        print(f"warning: an old checkpoint cannot be deleted: {error}")
+
+
+@contextlib.contextmanager
+def written_whole(run, what, folder, size):
+    """Leave nothing behind in `folder` of what cannot be written whole, and say how much room it needs."""
+    try:
+        yield
+    except Exception as error:  # each library has its own for a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        run.sound = False  # or its rescue would be tried
+        room = f"{sd_config.gigabytes(size)} needed, {sd_config.gigabytes(shutil.disk_usage(folder.parent).free)} free"
+        raise Explained(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
+
+
+def write_checkpoint(run, folder):
+    """Write a checkpoint's files into a new folder, with their manifest, and flush them to disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    unet = run.accelerator.unwrap_model(run.unet)
+    unet.save_pretrained(folder / "unet")
+    if run.ema:
+        with ema_weights(run):
+            unet.save_pretrained(folder / "unet_ema")
+    torch.save(run.optimizer.state_dict()["state"], folder / "optimizer.pt")
+    (folder / "trainer_state.json").write_text(json.dumps(trainer_state(run), indent=2), encoding="utf-8")
+    sd_config.seal(folder)
+
+
+def discard(folder):
+    """Delete a folder, if it is there, in such a way that no half of it is ever to be seen."""
+    hidden = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def trainer_state(run):
@@ -876,20 +1287,21 @@ def trainer_state(run):
         "step": run.step,
         "seed": run.seed,
         "effective_batch": run.plan.effective_batch,
-        "rows": run.plan.rows,
-        "use_ema": run.args.use_ema,
+        "data": run.stream.rows.fingerprint,
+        "max_steps": run.plan.max_steps,
         "ema_step": run.ema.optimization_step if run.ema else None,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "loss": run.loss,
         "prediction_type": run.prediction_type,
         "base_model": os.path.abspath(base) if os.path.isdir(base) else base,
-        "args": plain_args(run.args),
+        "args": final_args(run.args, run.accelerator),
     }
 
 
-def plain_args(args):
-    """Return the arguments as values that JSON can hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+def final_args(args, accelerator):
+    """Return the arguments as values that JSON can hold, with the precision that accelerate settled on."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return plain | {"mixed_precision": accelerator.mixed_precision}
 
 
 def export(run):
@@ -901,14 +1313,15 @@ def export(run):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         staging = output / ".export"
-        shutil.rmtree(staging, ignore_errors=True)
-        unet, pipeline = accelerator.unwrap_model(run.unet), run.pipeline
-        infer.set_prediction_type(pipeline, run.prediction_type)
-        with ema_weights(run):
-            pipeline.save_pretrained(staging)
-        if run.ema:
-            unet.save_pretrained(staging / "unet", variant="non_ema")
-        (staging / "README.md").write_text(model_card(run), encoding="utf-8")
+        with written_whole(run, f"the pipeline in {output}", staging, run.plan.export_bytes):
+            shutil.rmtree(staging, ignore_errors=True)
+            infer.set_prediction_type(run.pipeline, run.prediction_type)
+            with ema_weights(run):
+                run.pipeline.save_pretrained(staging)
+            if run.ema:
+                accelerator.unwrap_model(run.unet).save_pretrained(staging / "unet", variant="non_ema")
+            (staging / "README.md").write_text(model_card(run), encoding="utf-8")
+            sd_config.flush(staging)
         # The index goes first and comes last: a folder that has one holds a whole pipeline.
         (output / "model_index.json").unlink(missing_ok=True)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
@@ -945,10 +1358,14 @@ def model_card(run):
         lines += [f"![samples]({grid.relative_to(output).as_posix()})", "", f"Left to right: {prompts}.", ""]
     if run.ema:
         lines += ['`unet` holds the moving average of the weights; the raw ones load with `variant="non_ema"`.', ""]
+    if bad := run.stream.rows.bad:
+        lines += [f"Rows left out, {len(bad)}, because their pictures cannot be read:", ""]
+        lines += [*(f"- row {number}: {wrong}" for number, wrong in bad.items()), ""]
     lines += ["| argument | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in plain_args(args).items()]
+    lines += [f"| {name} | {value} |" for name, value in final_args(args, run.accelerator).items()]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
     main(ARGS)

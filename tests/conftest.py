@@ -42,6 +42,10 @@ TUTORIAL = """
 Result = collections.namedtuple("Result", "output logs run")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=10, help="kills of the crash test; its long form has 100")
+
+
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
     """The folders of the tiny model and of the photographs."""
@@ -121,6 +125,11 @@ def assert_same_state(one, other):
     states = [sd_config.read_state(folder) for folder in (one, other)]
     for name in ("step", "seed", "ema_step", "loss"):
         assert states[0][name] == states[1][name]
+
+
+def litter(output):
+    """The hidden names in an output folder: what a run has not finished writing, or deleting."""
+    return sorted(path.name for path in output.iterdir() if path.name.startswith(".") and path.name != ".lock")
 
 
 def learned(result, *names):

@@ -1,13 +1,18 @@
 """The command line: every flag and its default, every check and its message, and the plan that follows from them."""
 
+import argparse
 import ast
 import importlib.util
+import json
 import math
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -83,12 +88,20 @@ BASE, HUB = "--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-dif
 DEFAULTS = {name: default for name, default, *_ in FLAGS}
 
 
+def pipeline(folder, **changed):
+    """Make a folder that looks like a pipeline's from the outside."""
+    index = sd_config.CLASSES | {"safety_checker": [None, None]} | changed
+    for part in sd_config.CLASSES:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "model.safetensors").touch()
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
     """Work beside a few small folders, and in no launcher's environment."""
     for file in (
         "file",
-        "base/model_index.json",
         "empty/other.txt",
         "photos/portraits/metadata.jsonl",
         "saved/state.json",
@@ -105,6 +118,10 @@ def world(tmp_path, monkeypatch):
     ):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}", encoding="utf-8")
+    for state in tmp_path.rglob("trainer_state.json"):
+        sd_config.seal(state.parent)
+    pipeline(tmp_path / "base")
+    monkeypatch.setattr(sd_config, "FROZEN_BYTES", 0)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -186,8 +203,7 @@ def test_command_of_the_tutorial_parses_unchanged(accept):
 
 
 def test_defaults_can_be_edited_in_the_file(tmp_path, capsys):
-    (tmp_path / "stable-diffusion-v1-5").mkdir()
-    (tmp_path / "stable-diffusion-v1-5/model_index.json").write_text("{}", encoding="utf-8")
+    pipeline(tmp_path / "stable-diffusion-v1-5")
     (tmp_path / "naruto-blip-captions").mkdir()
     text = (ROOT / "sd_config.py").read_text(encoding="utf-8")
     for name in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"):
@@ -443,17 +459,17 @@ REFUSED = {
     "resume from nothing": (
         "--output_dir=run --resume_from_checkpoint=checkpoint-11",
         "--resume_from_checkpoint checkpoint-11",
-        "complete in run: checkpoint-9, checkpoint-10)",
+        "no checkpoint there (in run: checkpoint-9, checkpoint-10)",
     ),
     "resume from nothing in a new folder": (
         "--output_dir=new --resume_from_checkpoint=run/checkpoint-11/",
         "--resume_from_checkpoint run/checkpoint-11/",
-        "complete in new: none)",
+        "no checkpoint there (in new: none)",
     ),
     "resume from a folder that is no checkpoint": (
         "--output_dir=new --resume_from_checkpoint=photos",
         "--resume_from_checkpoint photos",
-        "no checkpoint there",
+        "not a whole checkpoint: manifest.json is missing",
     ),
     "resume from the latest of none over a pipeline": (
         "--output_dir=exported --resume_from_checkpoint=latest",
@@ -561,26 +577,49 @@ def test_missing_package_is_named_with_its_remedy(accept, refuse, monkeypatch, f
 
 
 @pytest.mark.parametrize(
-    ("index", "says"),
+    ("change", "says"),
     [
-        ("", "its model_index.json cannot be read"),
-        ("[]", "its model_index.json cannot be read"),
-        (
-            '{"_class_name": "P", "unet": ["diffusers", "A"], "vae": ["diffusers", "B"]}',
-            "lists vae, which is not there",
-        ),
-        ('{"unet": ["diffusers", "A"], "safety_checker": [null, null], "requires_safety_checker": true}', None),
+        (lambda base: (base / "model_index.json").write_text(""), "its model_index.json cannot be read"),
+        (lambda base: (base / "model_index.json").write_text("[]"), "its model_index.json cannot be read"),
+        (lambda base: (base / "vae/config.json").write_text("{"), "its vae/config.json cannot be read"),
+        (lambda base: shutil.rmtree(base / "vae"), "its model_index.json lists vae, which is not there"),
+        (lambda base: (base / "unet/model.safetensors").unlink(), "no weights in its unet"),
+        (lambda base: (shutil.rmtree(base), pipeline(base, unet=["diffusers", "A"])), "its unet is ['diffusers', 'A']"),
+        (lambda base: (shutil.rmtree(base), pipeline(base, vae=[None, None])), "its vae is None, and must be"),
+        (lambda base: (shutil.rmtree(base), pipeline(base, requires_safety_checker=True)), None),
     ],
 )
-def test_model_folder_must_hold_what_its_index_lists(accept, refuse, tmp_path, index, says):
-    (tmp_path / "base/unet").mkdir()
-    (tmp_path / "base/model_index.json").write_text(index, encoding="utf-8")
+def test_model_folder_must_hold_what_its_index_lists(accept, refuse, tmp_path, change, says):
+    change(tmp_path / "base")
     if says is None:
         assert accept(f"{BASE}=base")[1] == []
     else:
         problem = only(refuse(f"{BASE}=base"))
         assert problem.startswith(f"{BASE} base: ")
         assert says in problem
+
+
+def test_variant_must_be_that_of_some_part(accept, refuse, tmp_path):
+    assert only(refuse(f"{BASE}=base", "--variant=fp16")) == f"{BASE} base: no weights of --variant fp16 in it"
+    (tmp_path / "base/vae/model.fp16.safetensors").touch()
+    assert accept(f"{BASE}=base", "--variant=fp16")[0].variant == "fp16"
+
+
+def test_an_output_folder_has_one_trainer(tmp_path, capsys):
+    """The lock goes with the process that holds it, however that ends."""
+    hold = "import pathlib, sd_config; held = sd_config.lock(pathlib.Path('run')); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit):
+            sd_config.lock(tmp_path / "run")
+        assert f"--output_dir {tmp_path / 'run'}: another process is training into it" in capsys.readouterr().err
+        other.kill()
+    assert sd_config.lock(tmp_path / "run")
 
 
 def test_old_model_id_is_mapped_with_a_notice(accept):
@@ -659,14 +698,18 @@ def test_checkpoint_elsewhere_is_not_looked_for_in_the_output_folder(accept, tmp
 
 
 def test_latest_passes_over_what_is_no_whole_checkpoint(accept, tmp_path):
-    for name in ("checkpoint-99", "checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
+    for name in ("checkpoint-98", "checkpoint-99", "checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
         (tmp_path / "run" / name).mkdir()
-    for name in ("checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
+    for name in ("checkpoint-98", "checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):
         (tmp_path / "run" / name / "trainer_state.json").touch()
+    for name in ("checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):  # whole, but no names of checkpoints
+        sd_config.seal(tmp_path / "run" / name)
     (tmp_path / "run/checkpoint-200").touch()
     args, notices = accept("--output_dir=run", "--resume_from_checkpoint=latest")
     assert args.resume_from_checkpoint == Path("run/checkpoint-10")
-    assert only(notices) == "note: run/checkpoint-99: not a complete checkpoint, left alone"
+    assert notices == [
+        f"note: run/checkpoint-{step}: skipped, not a whole checkpoint: manifest.json is missing" for step in (99, 98)
+    ]
 
 
 @pytest.mark.parametrize("output", ["new", "photos"])
@@ -677,8 +720,13 @@ def test_latest_of_none_starts_fresh_and_says_so(accept, output):
 
 
 def test_checkpoints_are_listed_oldest_first(tmp_path):
-    (tmp_path / "run/checkpoint-99").mkdir()
-    assert [folder.name for folder in sd_config.checkpoints("run")] == ["checkpoint-9", "checkpoint-10"]
+    """Whole or not: whether one is, costs reading it."""
+    for name in ("checkpoint-99", "checkpoint-old", ".checkpoint-100"):
+        (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run/checkpoint-200").touch()
+    known = sd_config.checkpoints("run")
+    assert [folder.name for folder in known] == ["checkpoint-9", "checkpoint-10", "checkpoint-99"]
+    assert [sd_config.number(folder) for folder in known] == [9, 10, 99]
     assert sd_config.checkpoints("missing") == []
 
 
@@ -693,32 +741,216 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
     assert capsys.readouterr().err.startswith(says)
 
 
-def state(**changes):
-    return {"seed": 7, "effective_batch": 16, "rows": 32, "use_ema": False, "step": 6} | changes
+@pytest.mark.parametrize("missing", [None, *sorted(sd_config.STATE)])
+def test_state_is_read_only_if_it_has_every_entry(tmp_path, capsys, missing):
+    state = dict.fromkeys(sd_config.STATE - {missing}, 5)
+    (tmp_path / "run/checkpoint-9/trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    if missing is None:
+        assert sd_config.read_state("run/checkpoint-9") == state
+        return
+    with pytest.raises(SystemExit):
+        sd_config.read_state("run/checkpoint-9")
+    says = "error: --resume_from_checkpoint run/checkpoint-9: its trainer_state.json cannot be read: it is not one"
+    assert capsys.readouterr().err.startswith(says)
+
+
+# Damaged checkpoints
+
+FILES = ("optimizer.pt", "trainer_state.json", "unet/config.json", "unet/model.safetensors", "unet_ema/config.json")
+HARMS = {
+    "truncated": lambda file, content: file.write_bytes(content[:-1]),
+    "emptied": lambda file, content: file.write_bytes(b""),
+    "flipped": lambda file, content: file.write_bytes(bytes([content[0] ^ 1]) + content[1:]),
+    "removed": lambda file, content: file.unlink(),
+}
+DAMAGE = {
+    "truncated": "{name} has 14 bytes instead of 15",
+    "emptied": "{name} has 0 bytes instead of 15",
+    "flipped": "{name} is not as it was saved (its checksum differs)",
+    "removed": "{name} is missing",
+}
+UNREADABLE = "manifest.json or what it lists cannot be read: "
+MANIFEST_DAMAGE = {
+    "truncated": UNREADABLE + "Expecting ',' delimiter: line 1 column {size} (char {last})",
+    "emptied": UNREADABLE + "Expecting value: line 1 column 1 (char 0)",
+    "flipped": UNREADABLE + "Expecting value: line 1 column 1 (char 0)",
+    "removed": "manifest.json is missing",
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A sealed checkpoint of several files of 15 bytes each, the last one of its run."""
+    folder = tmp_path / "run/checkpoint-10"
+    shutil.rmtree(folder)
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"fifteen bytes, ")
+    sd_config.seal(folder)
+    return folder
+
+
+def harm(checkpoint, name, how):
+    """Do something to a file of a checkpoint, and return what must be said of it."""
+    content = (checkpoint / name).read_bytes()
+    HARMS[how](checkpoint / name, content)
+    says = MANIFEST_DAMAGE if name == "manifest.json" else DAMAGE
+    return says[how].format(name=name, size=len(content), last=len(content) - 1)
+
+
+@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_damaged_file_of_a_checkpoint_is_named(accept, refuse, checkpoint, name, how):
+    assert sd_config.damage(checkpoint) is None
+    says = harm(checkpoint, name, how)
+    assert sd_config.damage(checkpoint) == says
+    args, notices = accept("--output_dir=run", "--resume_from_checkpoint=latest")
+    assert args.resume_from_checkpoint == Path("run/checkpoint-9")
+    assert notices == [f"note: run/checkpoint-10: skipped, not a whole checkpoint: {says}"]
+    flag = "--resume_from_checkpoint"
+    for given in ("checkpoint-10", "run/checkpoint-10"):
+        problem = only(refuse("--output_dir=run", f"{flag}={given}"))
+        assert problem == f"{flag} {given}: not a whole checkpoint: {says}"
+    harm(checkpoint.with_name("checkpoint-9"), "trainer_state.json", "removed")
+    assert refuse("--output_dir=run", f"{flag}=latest") == [
+        f"run/checkpoint-10: skipped, not a whole checkpoint: {says}",
+        "run/checkpoint-9: skipped, not a whole checkpoint: trainer_state.json is missing",
+        f"{flag} latest: none is whole; --overwrite_output_dir instead starts over",
+    ]
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):
+    for name in (FILES[0], "manifest.json"):
+        content = (checkpoint / name).read_bytes()
+        for index, bit in ((index, 1 << bit) for index in range(len(content)) for bit in range(8)):
+            flipped = bytes([content[index] ^ bit])
+            (checkpoint / name).write_bytes(content[:index] + flipped + content[index + 1 :])
+            assert isinstance(sd_config.damage(checkpoint), str), (name, index, bit)
+        (checkpoint / name).write_bytes(content)
+    assert sd_config.damage(checkpoint) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("manifest", "says"),
     [
-        ({"seed": 8}, "--seed: seed is 7, but 8 in the run"),
-        ({"effective_batch": 8}, "--gradient_accumulation_steps: effective_batch is 16, but 8 in the run"),
-        ({"rows": 31}, "--max_train_samples: rows is 32, but 31 in the run"),
-        ({"use_ema": True}, "--use_ema: use_ema is False, but True in the run"),
-        ({"step": 7}, "at step 7, past the last, 6"),
+        ("[]", UNREADABLE),
+        ('{"unet": 5}', UNREADABLE),
+        ('{"unet": [5]}', UNREADABLE),
+        ("{}", "manifest.json lists no trainer_state.json"),
+        ('{"trainer_state.json": [15, "x"]}', "trainer_state.json is not as it was saved"),
+        ('{"/optimizer.pt": [15, 0]}', "/optimizer.pt is missing"),
     ],
 )
-def test_checkpoint_of_another_run_is_refused(changes, says):
-    args = sd_config.parse_args(["--num_train_epochs=3", "--output_dir=run", "--resume_from_checkpoint=latest"])
-    plan = sd_config.Plan.of(args, rows=32, processes=1, parameters=1)
-    assert sd_config.resume_problems(state(), args, plan, seed=7) == []
-    assert says in only(sd_config.resume_problems(state(**changes), args, plan, seed=7))
+def test_manifest_that_no_checkpoint_has_is_damage(checkpoint, manifest, says):
+    (checkpoint / "manifest.json").write_text(manifest, encoding="utf-8")
+    assert sd_config.damage(checkpoint).startswith(says)
+
+
+def test_folder_in_the_place_of_a_file_is_damage(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").mkdir()
+    assert "optimizer.pt" in sd_config.damage(checkpoint)
+    assert "manifest.json" in sd_config.damage(checkpoint / "trainer_state.json")
+
+
+def test_seal_has_everything_on_disk(checkpoint, monkeypatch):
+    flushed, original = set(), os.fsync
+
+    def fsync(descriptor):
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sd_config.seal(checkpoint)
+    assert flushed == {checkpoint, *checkpoint.rglob("*")}
+    assert checkpoint / "manifest.json" in flushed
+
+
+def test_checksum_is_of_the_whole_file(tmp_path):
+    content = bytes(range(256)) * 2**13 + b"end"
+    (tmp_path / "large").write_bytes(content)
+    assert sd_config.checksum(tmp_path / "large") == zlib.crc32(content)
+
+
+# The comparison of two runs
+
+RESUMED = "--num_train_epochs=3 --output_dir=run --resume_from_checkpoint=latest"
+
+
+def compare(flags="", **changes):
+    """What is said of a run of 32 rows that goes on from a checkpoint, whose state was changed."""
+    args = sd_config.parse_args(RESUMED.split() + flags.split())
+    plan = sd_config.Plan(args, rows=32, processes=1, parameters=1)
+    state = {"seed": 7, "effective_batch": 16, "data": "abc", "step": 6, "max_steps": 6}
+    state["args"] = vars(sd_config.parse_args(RESUMED.split())) | changes.pop("args", {})
+    return sd_config.compare_runs(state | changes, plan, vars(args) | {"seed": 7}, data="abc")
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "says"),
+    [
+        ("", {"seed": 8}, "--seed: 7 here, but 8 in the run that --resume_from_checkpoint goes on with"),
+        ("", {"effective_batch": 8}, "--gradient_accumulation_steps x processes: 16 here, but 8 in the run"),
+        ("", {"data": "def"}, "fingerprint of the data set: abc here, but def in the run"),
+        ("--max_train_samples=5", {}, "--max_train_samples: 5 here, but None in the run"),
+        ("", {"args": {"use_8bit_adam": True}}, "--use_8bit_adam: False here, but True in the run"),
+        ("--use_ema", {}, "--use_ema: True here, but False in the run"),
+        ("", {"step": 7}, "--max_train_steps 6: the checkpoint is already at step 7"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(flags, changes, says):
+    assert compare() == ([], [])
+    assert says in only(compare(flags, **changes)[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "says"),
+    [
+        ("--learning_rate=3e-5", {}, "--learning_rate: 0.0001 so far, 3e-05 from here"),
+        ("--snr_gamma=5", {}, "--snr_gamma: None so far, 5.0 from here"),
+        ("--lr_scheduler=cosine", {"args": {"lr_scheduler": "cosine"}, "max_steps": 4}, "stretches over: 4 so far, 6"),
+        ("--skip_bad_rows", {}, "--skip_bad_rows: False so far, True from here"),
+        ("", {"args": {"use_ema": True}}, "--use_ema: True so far, False from here"),
+    ],
+)
+def test_what_changes_the_rest_of_a_run_is_said(flags, changes, says):
+    problems, warnings = compare(flags, **changes)
+    assert problems == []
+    assert says in only(warnings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ("--train_batch_size=8 --gradient_accumulation_steps=2", {}),
+        ("--dataloader_num_workers=3 --checkpointing_steps=7 --validation_epochs=2", {}),
+        ("--max_train_steps=50", {}),
+        ("--report_to=none --validation_prompts", {}),
+    ],
+)
+def test_what_changes_nothing_is_not_spoken_of(flags, changes):
+    assert compare(flags, **changes) == ([], [])
+
+
+def test_every_flag_is_known_to_change_the_training_or_not_to():
+    """A new flag must be put on one of these lists: otherwise a resumed run would change without a word."""
+    neutral = """
+        non_ema_revision cache_dir dataset_name dataset_config_name train_data_dir image_column caption_column
+        dataloader_num_workers num_train_epochs max_train_steps gradient_checkpointing
+        enable_xformers_memory_efficient_attention local_rank output_dir overwrite_output_dir checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
+        tracker_project_name logging_dir train_batch_size gradient_accumulation_steps
+    """
+    compared = {"seed", "max_train_samples", "use_8bit_adam"}
+    flags = set(vars(sd_config.parse_args([])))
+    assert set(sd_config.TRAINING) | set(neutral.split()) | compared == flags
 
 
 # The plan
 
 
 def plan_of(flags, rows, processes=1, parameters=1):
-    return sd_config.Plan.of(sd_config.parse_args(flags.split()), rows, processes, parameters)
+    return sd_config.Plan(sd_config.parse_args(flags.split()), rows, processes, parameters)
 
 
 @pytest.mark.parametrize(
@@ -784,6 +1016,172 @@ def test_plan_says_what_the_checkpoints_weigh(flags, kept, each, together):
     """The tutorial's run, of SD1.5's UNet: float32 weights, two moments (of one byte in 8-bit AdamW), and the EMA."""
     plan = plan_of(f"--max_train_steps=15000 {flags}", rows=1221, parameters=859_520_964)
     assert f"30, {kept} of them kept: {each:.2f} GB each, {together:.2f} GB in all" in str(plan)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5, 6, 7, 17, 18, 19])
+def test_plan_counts_the_checkpoints_still_due(interval):
+    plan = plan_of(f"--max_train_steps=18 --checkpointing_steps={interval}", rows=3)
+    for step in range(19):
+        assert plan.saves_from(step) == sum(map(plan.saves_after, range(step + 1, 19))), step
+
+
+@pytest.mark.parametrize(
+    ("flags", "moments", "average", "says"),
+    [
+        ("", 2000, 0, "weights 1.00 GB, gradients 1.00 GB, optimizer state 2.00 GB, EMA 0.00 GB"),
+        ("--use_ema", 2000, 1000, "weights 1.00 GB, gradients 1.00 GB, optimizer state 2.00 GB, EMA 1.00 GB"),
+        ("--use_8bit_adam", 500, 0, "weights 1.00 GB, gradients 1.00 GB, optimizer state 0.50 GB, EMA 0.00 GB"),
+        ("--use_8bit_adam --use_ema", 500, 1000, "optimizer state 0.50 GB, EMA 1.00 GB"),
+    ],
+)
+def test_plan_knows_the_memory_of_what_is_trained(flags, moments, average, says):
+    plan = plan_of(flags, rows=32, parameters=250_000_000)
+    sizes = {"weights": 1000, "gradients": 1000, "optimizer state": moments, "EMA": average}
+    assert plan.memory == {name: size * 10**6 for name, size in sizes.items()}
+    assert plan.checkpoint_bytes == (1000 + moments + average) * 10**6
+    assert plan.export_bytes == (1000 + average) * 10**6
+    assert says in str(plan)
+
+
+def test_export_has_the_frozen_parts_of_a_local_model(tmp_path):
+    for file, size in {"unet/a": 10_000, "vae/a": 30, "text_encoder/deep/a": 500, "other/a": 7000}.items():
+        (tmp_path / "base" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / file).write_bytes(bytes(size))
+    assert plan_of(f"{BASE}=base", rows=1, parameters=1).export_bytes == 4 + 530
+
+
+def test_export_has_the_frozen_parts_of_a_model_that_is_still_on_the_hub(monkeypatch):
+    monkeypatch.setattr(sd_config, "FROZEN_BYTES", 700)
+    assert plan_of("", rows=1, parameters=1).export_bytes == 4 + 700
+
+
+@pytest.mark.parametrize(("path", "size"), [("sizes", 7), ("sizes/b", 4), ("sizes/b/two", 4), ("missing", 0)])
+def test_size_on_disk(tmp_path, path, size):
+    (tmp_path / "sizes/b").mkdir(parents=True)
+    (tmp_path / "sizes/one").write_bytes(bytes(3))
+    (tmp_path / "sizes/b/two").write_bytes(bytes(4))
+    assert sd_config.size_on_disk(Path(path)) == size
+
+
+# The disk
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A function that compares a run's plan with a disk that has some bytes free, and returns problems and warnings."""
+
+    def compare(free, flags, step=0, parameters=250_000_000):
+        asked = []
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or argparse.Namespace(free=free))
+        problems, warnings = sd_config.compare_disk(plan_of(flags, rows=32, parameters=parameters), step)
+        assert all(path.is_dir() for path in asked)
+        return problems, warnings
+
+    return compare
+
+
+def test_command_of_the_tutorial_fills_a_disk_with_a_warning(disk):
+    flags = " ".join(shlex.split(TUTORIAL))
+    sizes = "30 checkpoint(s) of 13.75 GB and an export of 6.88 GB"
+    remedy = "--checkpoints_total_limit 2 keeps the last two"
+    for free, shown in ((500 * 10**9, "500.00"), (34_380_838_560, "34.38")):
+        said = f"{sizes} make 419.45 GB, {shown} GB are free; {remedy}"
+        assert disk(free, flags, parameters=859_520_964) == ([], [said])
+    problems, warnings = disk(34_380_838_559, flags, parameters=859_520_964)
+    folder = Path("sd-naruto-model").resolve()
+    assert only(problems) == f"--output_dir {folder}: 34.38 GB free, at least 34.38 GB needed ({sizes})"
+    assert warnings == []
+    assert disk(500 * 10**9, f"{flags} --checkpoints_total_limit=2", parameters=859_520_964) == ([], [])
+
+
+TEN = "--max_train_steps=1000 --checkpointing_steps=100"
+LATEST = "--resume_from_checkpoint=latest --output_dir=run"
+# What is to be written, from which step on, and the gigabytes that it takes at least, and in all. A checkpoint has
+# 3 GB here (4 with the EMA), an export 1 GB (2). The folder `run` has two checkpoints.
+ROOM = {
+    "all of ten": (TEN, 0, 7, 31),
+    "with the EMA": (f"{TEN} --use_ema", 0, 10, 42),
+    "only the last, besides the one that it replaces": (f"{TEN} --checkpoints_total_limit=1", 0, 7, 7),
+    "the last two, and the third from the end": (f"{TEN} --checkpoints_total_limit=2", 0, 7, 10),
+    "a limit that is never reached": (f"{TEN} --checkpoints_total_limit=11", 0, 7, 31),
+    "one at the end": ("--max_train_steps=50", 0, 4, 4),
+    "the rest of a run": (f"{TEN} {LATEST}", 500, 4, 16),
+    "the rest of a run, replacing": (f"{TEN} {LATEST} --checkpoints_total_limit=2", 500, 4, 4),
+    "the rest of a run, replacing one more": (f"{TEN} {LATEST} --checkpoints_total_limit=3", 500, 4, 7),
+    "the rest of a run, replacing all": (f"{TEN} {LATEST} --checkpoints_total_limit=1", 500, 4, 4),
+    "the end of a run that is at its end": (f"{TEN} {LATEST}", 1000, 1, 1),
+    "the rest of a run, elsewhere": (f"{TEN} --resume_from_checkpoint=run/checkpoint-10 --output_dir=new", 500, 7, 16),
+    "in the place of another run": (f"{TEN} --output_dir=run --overwrite_output_dir", 0, 7, 31),
+}
+
+
+@pytest.mark.parametrize(("flags", "step", "least", "total"), ROOM.values(), ids=ROOM)
+def test_disk_has_room_for_two_checkpoints_and_the_export(disk, flags, step, least, total):
+    deleted = sd_config.size_on_disk(Path("run")) if "overwrite" in flags else 0
+    least, total = (size * 10**9 - deleted for size in (least, total))
+    assert disk(total, flags, step) == ([], [])
+    for free in {least, total - 1} if least < total else ():
+        problems, warnings = disk(free, flags, step)
+        assert problems == []
+        tight = re.search("total_limit=[12]$", flags) is not None
+        assert only(warnings).endswith("another disk may have more" if tight else "2 keeps the last two")
+    problems, warnings = disk(least - 1, flags, step)
+    assert warnings == []
+    assert "GB needed (" in only(problems)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(3300, 0), (3400, 1)])
+def test_more_than_100_gigabytes_are_warned_of_where_they_fit(disk, steps, warned):
+    problems, warnings = disk(10**15, f"--max_train_steps={steps} --checkpointing_steps=100")
+    assert problems == []
+    assert len(warnings) == warned
+    assert all("34 checkpoint(s) of 3.00 GB and an export of 1.00 GB make 103.00 GB" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "counts"),
+    [
+        ("--output_dir=new", "new/.checkpoint-5/unet/half", True),
+        ("--output_dir=new", "new/.old-checkpoint-3/optimizer.pt", True),
+        ("--output_dir=new", "new/.export/unet/half", True),
+        ("--output_dir=new", "new/logs/large", False),
+        ("--output_dir=run --overwrite_output_dir", "run/checkpoint-10/optimizer.pt", True),
+        ("--output_dir=run --overwrite_output_dir", "run/samples/large", True),
+        ("--output_dir=run --overwrite_output_dir", "run/README.md", True),
+        ("--output_dir=run --overwrite_output_dir", "run/logs/large", False),
+        ("--output_dir=run --overwrite_output_dir", "run/mine/large", False),
+    ],
+)
+def test_what_will_be_deleted_counts_as_free(disk, tmp_path, flags, file, counts):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    with open(tmp_path / file, "wb") as sparse:
+        sparse.truncate(5 * 10**9)
+    assert bool(disk(2 * 10**9, f"{TEN} {flags}")[0]) != counts
+
+
+@pytest.mark.parametrize(
+    ("folder", "there"), [("run", "run"), ("new", ""), ("new/deeper", ""), ("run/a/b", "run"), ("file/a", "")]
+)
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path, folder, there):
+    assert sd_config.disk_of(Path(folder)).resolve() == tmp_path / there
+    assert sd_config.disk_of(tmp_path / folder) == tmp_path / there
+
+
+@pytest.mark.parametrize(("folder", "there"), [("photos", "photos"), ("new", "{here}"), ("new/deeper", "{here}")])
+def test_folder_without_write_permission_is_refused(refuse, accept, tmp_path, monkeypatch, folder, there):
+    there = there.format(here=tmp_path)
+    asked, original = [], os.access
+
+    def access(path, mode):
+        asked.append((Path(path).resolve(), mode))
+        return False
+
+    monkeypatch.setattr(os, "access", access)  # root, who runs tests in many places, may write everywhere
+    problem = only(refuse(f"--output_dir={folder}"))
+    assert problem == f"--output_dir {folder}: no permission to write in {there}"
+    assert asked == [(Path(there).resolve(), os.W_OK | os.X_OK)]
+    monkeypatch.setattr(os, "access", original)
+    assert accept(f"--output_dir={folder}")[1] == []
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -329,17 +329,17 @@ def test_flag_checkpointing_steps(train):
 
 def test_flag_checkpoints_total_limit(train, monkeypatch):
     """The oldest go, and only once the new one is there."""
-    present, original = [], shutil.rmtree
+    present, original = [], trainer.discard
 
-    def rmtree(path, *args, **kwargs):
-        present.append(sorted(folder.name for folder in path.parent.glob("checkpoint-*")))
-        return original(path, *args, **kwargs)
+    def discard(folder):
+        present.append((folder.name, [path.name for path in sd_config.checkpoints(folder.parent)]))
+        original(folder)
 
     flags = ("--max_train_steps=3", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(trainer, "discard", discard)
     assert saved_steps(train(*FROZEN, *flags)) == [3]
-    assert ["checkpoint-1", "checkpoint-2"] in present
-    assert ["checkpoint-2", "checkpoint-3"] in present
+    assert ("checkpoint-1", ["checkpoint-1", "checkpoint-2"]) in present
+    assert ("checkpoint-2", ["checkpoint-2", "checkpoint-3"]) in present
 
 
 def test_flag_resume_from_checkpoint(train):
@@ -431,3 +431,16 @@ def test_flag_logging_dir(train, tracker, file):
     run = train(*FROZEN, f"--report_to={tracker}", "--logging_dir=journal/new")
     assert list(run.output.glob(f"journal/new/{file}"))
     assert not (run.output / "logs").exists()
+
+
+def test_flag_skip_bad_rows(train, assets, tmp_path, capsys):
+    """A picture that cannot be decoded is left out before training, instead of stopping it."""
+    photos = shutil.copytree(assets[1], tmp_path / "photos")
+    broken = json.loads((photos / "metadata.jsonl").read_text().splitlines()[3])["file_name"]
+    (photos / broken).write_bytes((photos / broken).read_bytes()[:400])
+    run = train(*FROZEN, "--skip_bad_rows", "--validation_prompts", data=photos)
+    assert re.search(rf"note: left out row 3 \(\S*{broken}\): \w+Error", capsys.readouterr().out)
+    assert run.run.stream.rows.kept == [0, 1, 2, *range(4, 14)]
+    subset = train(*FROZEN, "--max_train_samples=12", output="whole").run.stream.rows.kept
+    run = train(*FROZEN, "--max_train_samples=12", "--skip_bad_rows", data=photos, output="subset")
+    assert [number for number in subset if number != 3] == run.run.stream.rows.kept[: 12 - (3 in subset)]

@@ -28,8 +28,8 @@ SCHEDULERS = {
 SHORT = ("--train_batch_size=2", "--max_train_steps=1", "--learning_rate=1e-3")
 
 
-class Reached(Exception):
-    """Raised in place of loading a pipeline."""
+class Reached(BaseException):
+    """Raised in place of loading a pipeline: not an exception, all of which are taken for something wrong with it."""
 
 
 @pytest.fixture
@@ -103,10 +103,9 @@ def only(items):
 # The flags
 
 
-def test_defaults_are_those_of_the_tutorial(tmp_path, monkeypatch):
+def test_defaults_are_those_of_the_tutorial(assets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("sd-naruto-model").mkdir()
-    Path("sd-naruto-model/model_index.json").write_text("{}", encoding="utf-8")
+    Path("sd-naruto-model").symlink_to(assets[0])
     args = infer.parse_args([])
     assert (args.model_path, args.prompt, args.outputs) == ("./sd-naruto-model", [PROMPT], [Path("result.png")])
     assert (args.num_images, args.seed, args.num_inference_steps, args.guidance_scale) == (1, None, 50, 7.5)
@@ -296,6 +295,7 @@ def test_base_is_loaded_as_the_checkpoint_says(train, monkeypatch):
     base = {"revision": "v2", "variant": "fp16", "cache_dir": "cache"}
     state |= {"base_model": "owner/base", "args": state["args"] | base}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    sd_config.seal(checkpoint)
 
     def from_pretrained(model, **kwargs):
         raise Reached(model, {name: value for name, value in kwargs.items() if name in base})
@@ -312,7 +312,17 @@ def test_checkpoint_without_a_trainers_state_is_refused(refuse, tmp_path, conten
     (tmp_path / "checkpoint-1").mkdir()
     if content is not None:
         (tmp_path / "checkpoint-1/trainer_state.json").write_text(content, encoding="utf-8")
+        sd_config.seal(tmp_path / "checkpoint-1")
     assert only(refuse("--checkpoint=checkpoint-1")).startswith("--checkpoint checkpoint-1: ")
+
+
+def test_damaged_checkpoint_is_refused(train, refuse):
+    checkpoint = last_checkpoint(train(*SHORT))
+    with open(checkpoint / "unet/diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"x")
+    problem = only(refuse(f"--checkpoint={checkpoint}"))
+    assert problem.startswith(f"--checkpoint {checkpoint}: not a whole checkpoint: unet/diffusion_pytorch_model")
 
 
 def test_checkpoint_without_a_unet_is_refused(train, refuse):
@@ -446,6 +456,7 @@ def test_folder_of_an_unfinished_run_suggests_its_last_checkpoint(refuse, tmp_pa
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "trainer_state.json").touch()
+        sd_config.seal(tmp_path / "run" / name)
     (tmp_path / "run/checkpoint-11").mkdir()
     problems = refuse("--model_path=run")
     assert problems[0].startswith("--model_path run: no model_index.json")

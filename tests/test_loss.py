@@ -1,6 +1,7 @@
 """The formulas at their edges, and what precision they are computed in. (The oracle holds them in the middle.)"""
 
 import math
+import re
 import types
 
 import accelerate
@@ -118,15 +119,19 @@ def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, poison):
+def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, capsys, poison):
     original = trainer.diffusion_loss
 
     def diffusion_loss(run, micro_batch):
         return original(run, micro_batch) * (poison if run.step == 3 else 1)
 
     monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
-    with pytest.raises(SystemExit, match=r"the loss of step 4 is (nan|inf); the last checkpoint: \S*checkpoint-2"):
+    with pytest.raises(SystemExit) as end:
         train("--train_batch_size=1", "--max_train_steps=9", "--checkpointing_steps=2")
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert re.search(r"error: step 4: loss (nan|inf), gradient norm nan\.", printed)
+    assert re.search(r"Last checkpoint: \S*checkpoint-2: add", printed)
 
 
 HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")

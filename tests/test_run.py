@@ -37,7 +37,7 @@ def test_the_export_is_a_complete_pipeline(train, assets):
     run = train(*SHORT, "--use_ema")
     shutil.rmtree(run.output / "checkpoint-2")
     base = files(assets[0]) - {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "special_tokens_map.json")}
-    added = {"README.md", "tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.non_ema.safetensors"}
+    added = {".lock", "README.md", "tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.non_ema.safetensors"}
     assert files(run.output) == base | added
     for part in ("vae", "text_encoder", "safety_checker"):
         name = "diffusion_pytorch_model.safetensors" if part == "vae" else "model.safetensors"
@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_what_the_design_says(train):
     folder = run.output / "checkpoint-2"
     model = ("config.json", "diffusion_pytorch_model.safetensors")
     expected = {f"{part}/{name}" for part in ("unet", "unet_ema") for name in model}
-    assert files(folder) == expected | {"optimizer.pt", "trainer_state.json"}
+    assert files(folder) == expected | {"optimizer.pt", "trainer_state.json", "manifest.json"}
     for part in ("unet", "unet_ema"):
         UNet2DConditionModel.from_pretrained(folder / part)
 
@@ -156,13 +156,39 @@ def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         train(*flags)
+    assert end.value.code == 130
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(torch, "save", original)
     run = train(*flags, "--resume_from_checkpoint=latest")
     assert list(run.logs) == [2, 3]
     assert sorted(path.name for path in run.output.glob("*checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_the_precision_that_accelerate_was_configured_for_is_remembered(train, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(*SHORT)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    train(*SHORT, "--max_train_steps=3", "--resume_from_checkpoint=latest")
+    assert "warning: --mixed_precision: bf16 so far, no from here" in capsys.readouterr().out
+
+
+def test_a_checkpoint_saved_while_the_next_trainer_starts_is_not_passed_over(train, monkeypatch, capsys):
+    """A stopped run may still be saving when its successor has already looked for its last checkpoint."""
+    flags = (*SHORT, "--checkpointing_steps=1")
+    last, original = train(*flags).output / "checkpoint-2", trainer.check_plan
+    last.rename(last.with_name("late"))
+
+    def check_plan(*args):
+        original(*args)
+        last.with_name("late").rename(last)
+
+    monkeypatch.setattr(trainer, "check_plan", check_plan)
+    with pytest.raises(SystemExit) as end:
+        train(*flags, "--resume_from_checkpoint=latest")
+    assert end.value.code == 2
+    assert "checkpoint-2 was saved by another process just now; start again" in capsys.readouterr().err
 
 
 def test_no_pickle_is_trusted(train, monkeypatch):
@@ -176,11 +202,14 @@ def test_no_pickle_is_trusted(train, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--seed=8",), "--seed: seed is 8, but 7 in the run"),
-        (("--train_batch_size=3",), "effective_batch is 3, but 2 in the run"),
-        (("--max_train_samples=5",), "rows is 5, but 14 in the run"),
-        (("--use_ema",), "use_ema is True, but False in the run"),
-        (("--max_train_steps=1",), "--max_train_steps: the checkpoint is at step 2, past the last, 1"),
+        (("--seed=8",), "--seed: 8 here, but 7 in the run"),
+        (
+            ("--train_batch_size=3",),
+            "--train_batch_size x --gradient_accumulation_steps x processes: 3 here, but 2 in the run",
+        ),
+        (("--max_train_samples=5",), "--max_train_samples: 5 here, but None in the run"),
+        (("--use_ema",), "--use_ema: True here, but False in the run"),
+        (("--max_train_steps=1",), "--max_train_steps 1: the checkpoint is already at step 2"),
     ],
 )
 def test_going_on_with_another_run_is_refused(train, capsys, flags, message):
@@ -244,9 +273,9 @@ def test_validation_leaves_training_alone(train, monkeypatch):
     flags = ("--train_batch_size=7", "--max_train_steps=5", "--validation_epochs=1", "--use_ema", "--random_flip")
     quiet, original, states = train(*flags, output="quiet"), trainer.validate, []
 
-    def validate(run):
+    def validate(*args):
         states.append(torch.get_rng_state())
-        original(run)
+        original(*args)
         assert torch.equal(states[-1], torch.get_rng_state())
 
     monkeypatch.setattr(trainer, "validate", validate)

@@ -32,6 +32,7 @@ def stream_of(assets):
 
     def make(rows=photos, seed=3, **changed):
         args = argparse.Namespace(**ARGS | changed)
+        rows = trainer.Rows(rows, fingerprint="", bad={}, kept=list(range(len(rows))))
         return trainer.SampleStream(rows, tokenizer, args, seed, 4, 8, 1000)
 
     return make
@@ -242,7 +243,8 @@ def test_captions_that_are_no_text_are_refused(refused):
 
 
 def test_a_column_without_pictures_is_refused(refused):
-    assert "--image_column text: holds Value('string'), not images" in refused("--image_column=text", text=["a"])
+    flags = ("--image_column=text", "--caption_column=other")
+    assert "--image_column text: holds Value('string'), not images" in refused(*flags, text=["a"], other=["a"])
 
 
 def test_missing_splits_and_data_are_named(train, tmp_path, capsys, assets):
@@ -290,3 +292,11 @@ def test_hub_data_is_asked_for_with_every_flag(train, monkeypatch, assets):
         (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "cache_dir": None}),
         (("a/b", "c"), {"data_dir": "d", "cache_dir": "/tmp"}),
     ]
+
+
+@pytest.mark.parametrize("size", [(1, 101), (101, 1)])
+def test_a_picture_that_would_fill_the_memory_is_refused(size):
+    """Its shorter side becomes the resolution, and the other a hundred times as long."""
+    with pytest.raises(ValueError, match="is too narrow"):
+        trainer.to_rgb(Image.new("RGB", size))
+    assert trainer.to_rgb(Image.new("RGB", (1, 100))).size == (1, 100)
