@@ -285,6 +285,16 @@ def test_validation_leaves_training_alone(train, monkeypatch):
     assert learned(quiet) == learned(drawn)
 
 
+def test_a_run_that_comes_the_same_way_again_draws_again(train):
+    """Pictures of before it fell back to an older checkpoint are not those of the run that went on from there."""
+    flags = ("--train_batch_size=7", "--max_train_steps=2", "--checkpointing_steps=1", *PROMPTS)
+    before = train(*flags).output / "samples/step-2/grid.png"
+    old = before.read_bytes()
+    shutil.rmtree(before.parents[2] / "checkpoint-2")
+    train(*flags, "--resume_from_checkpoint=latest", "--learning_rate=0.05")
+    assert before.read_bytes() != old
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_validation_runs_in_the_precision_of_the_run(train, monkeypatch, precision):
     seen, original = [], infer.sample
