@@ -13,10 +13,13 @@ weights, optimizer state and EMA are float32.
 in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, resolution / 8, resolution / 8).
 """
 
+import signal
+
 import sd_config
 from sd_config import Plan, stop
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
 
 import contextlib
@@ -33,7 +36,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -84,6 +86,7 @@ def main(args):
     plan = Plan(args, len(rows.kept), accelerator.num_processes, count_parameters(args))
     check_plan(plan, saved, seed, rows, accelerator)
     if args.dry_run:
+        accelerator.print("Dry run: every check has passed, and nothing was trained.")
         return
 
     with claimed_output(args, saved, accelerator):
@@ -392,7 +395,7 @@ class SampleStream(torch.utils.data.Dataset):
             raise
         except Exception as error:  # whatever a broken file makes a decoder raise
             wrong = f"{describe(self.rows.table, number, args)}: {type(error).__name__}: {error}"
-            raise BadRow(f"{wrong} (--skip_bad_rows trains without such rows)") from None
+            raise BadRow(f"{wrong} (--skip_bad_rows goes on without it; repaired, it makes another data set)") from None
         captions = list_captions(row[args.caption_column])
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
         return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, caption), **drawn}
@@ -832,7 +835,7 @@ class Signals:
             for each in STOP_SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         # Not print: the signal may have come while something was being printed.
-        os.write(2, b"\nStopping: this step will be finished and saved. A second signal stops at once.\n")
+        os.write(2, b"\nStopping: this step will be finished and saved. A second signal stops at once, without.\n")
 
     def received_by_any(self):
         """Return the number of the signal that this process, or another of the run, has received; 0 if none has."""
@@ -1367,5 +1370,4 @@ def model_card(run):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
     main(ARGS)
