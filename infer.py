@@ -76,9 +76,9 @@ def resolve(args, given, problems):
             args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
         problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
-        whole = [path for path in sd_config.checkpoints(args.model_path) if problems and not sd_config.damage(path)]
-        if whole:
-            problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {whole[-1]}")
+        latest = reversed(sd_config.checkpoints(args.model_path) if problems else [])
+        if whole := next((path for path in latest if not sd_config.damage(path)), None):
+            problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {whole}")
 
     if args.negative_prompt is not None and args.guidance_scale <= 1:
         problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")

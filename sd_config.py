@@ -28,14 +28,15 @@ MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
 MANIFEST = "manifest.json"
 # What a checkpoint's trainer_state.json holds.
 STATE = {"step", "seed", "effective_batch", "data", "max_steps", "ema_step", "scaler", "loss"}
-STATE |= {"prediction_type", "base_model", "args"}
+STATE |= {"prediction_type", "base_model", "micro_batch_size", "args"}
 # The flags that change what is trained, besides those that a resumed run must share with its past.
 TRAINING = """
     pretrained_model_name_or_path revision variant skip_bad_rows resolution center_crop random_flip
     image_interpolation_mode caption_dropout learning_rate scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
     adam_weight_decay adam_epsilon max_grad_norm use_ema prediction_type snr_gamma noise_offset input_perturbation
-    dream_training dream_detail_preservation mixed_precision allow_tf32
+    dream_training dream_detail_preservation mixed_precision allow_tf32 low_memory
 """.split()  # noqa: SIM905 (as one list of strings it would fill the page)
+SHARD_ROWS = 256  # rows encoded between two moments at which a killed run loses nothing
 FROZEN_BYTES = 2_043_000_000  # VAE, text encoder and safety checker of SD1.5 in float32, where they are not yet here
 # What a run writes into its output folder, besides checkpoints and logs.
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
@@ -49,6 +50,7 @@ PACKAGES = {
     "report_to tensorboard": "tensorboard",
     "report_to wandb": "wandb",
     "use_8bit_adam True": "torchao",
+    "low_memory True": "torchao",
     "enable_xformers_memory_efficient_attention True": "xformers",
 }
 
@@ -110,7 +112,10 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
         help="Revision of the UNet to start training from, where it differs from --revision (which then starts the "
         "EMA). Default: the same as --revision.",
     )
-    group.add_argument("--cache_dir", help="Folder for models and data sets downloaded from the Hub.")
+    group.add_argument(
+        "--cache_dir",
+        help="Folder for models and data sets downloaded from the Hub, and for what --cache_latents keeps.",
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -244,6 +249,29 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
 
     group = parser.add_argument_group("memory and speed")
     group.add_argument(
+        "--cache_latents",
+        type=choice("auto", "on", "off"),
+        default="auto",
+        help="Encode every picture and caption once, and keep the result in --cache_dir, or else in the output folder. "
+        "auto: if the crop is fixed (--center_crop), each view is used more than once, and the disk has room.",
+    )
+    group.add_argument(
+        "--micro_batch_size",
+        type=integer(1, word="auto"),
+        help="Samples that go through the network at once, whatever --train_batch_size and "
+        "--gradient_accumulation_steps make of a step: the training is the same. auto: as many as fit into memory. "
+        "Default: --train_batch_size.",
+    )
+    group.add_argument(
+        "--torch_compile", action="store_true", help="Compile the UNet: faster steps after minutes of compilation."
+    )
+    group.add_argument(
+        "--low_memory",
+        action="store_true",
+        help="Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in the host's memory, "
+        "gradient checkpointing, --mixed_precision bf16 (needs torchao).",
+    )
+    group.add_argument(
         "--mixed_precision",
         type=choice("no", "fp16", "bf16"),
         help="Precision of the forward and backward passes. Default: that of `accelerate config`, or no.",
@@ -368,19 +396,23 @@ class Rejected(str):
     """What a flag's type returns instead of a value that it does not accept: the value, and what is allowed."""
 
 
-def integer(low, high=None, *, multiple_of=1):
-    """Return a flag type for whole numbers from `low` to `high` that are multiples of `multiple_of`."""
+def integer(low, high=None, *, multiple_of=1, word=None):
+    """Return a flag type for whole numbers from `low` to `high` that are multiples of `multiple_of`, or one `word`."""
     allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     if multiple_of > 1:
         allowed = f"a multiple of {multiple_of}, at least {low}"
+    if word:
+        allowed += f", or {word}"
 
     def parse(text):
+        if text == word:
+            return text
         accepted = re.fullmatch(r"[+-]?\d{1,18}", text.strip()) is not None
         value = int(text) if accepted else 0
         accepted = accepted and low <= value <= (value if high is None else high) and value % multiple_of == 0
         return value if accepted else Rejected(f"{text}: must be {allowed}")
 
-    parse.metavar = "N"
+    parse.metavar = f"N|{word}" if word else "N"
     return parse
 
 
@@ -433,6 +465,7 @@ def resolve(args, given, problems, notices):
         problems.append(f"--caption_column {args.caption_column}: is --image_column too")
     if args.cache_dir is not None and os.path.isfile(args.cache_dir):
         problems.append(f"--cache_dir {args.cache_dir}: is a file, and must be a folder")
+    resolve_memory(args, problems)
     resolve_rank(args, problems)
     resolve_model(args, problems, notices)
     resolve_data(args, given, problems)
@@ -454,6 +487,23 @@ def ignored_flags(args, given):
     }
     for flag in (flag for flag, used in needs.items() if flag in given and not used):
         yield f"--{flag} changes nothing in this run: what it adjusts is off"
+
+
+def resolve_memory(args, problems):
+    """Complete what the flags for memory and speed leave open, and check that they fit together."""
+    if args.cache_latents == "on" and not args.center_crop:
+        problems.append("--cache_latents on: a random crop is never the same twice; add --center_crop")
+    batch, size = args.train_batch_size * args.gradient_accumulation_steps, args.micro_batch_size
+    if size is None:
+        args.micro_batch_size = args.train_batch_size
+    elif size != "auto" and batch % size:
+        product = f"--train_batch_size x --gradient_accumulation_steps = {batch}"
+        problems.append(f"--micro_batch_size {size}: must be a divisor of {product}, or auto")
+    if args.low_memory:
+        args.use_8bit_adam = args.gradient_checkpointing = True
+        args.mixed_precision = args.mixed_precision or "bf16"
+        if args.mixed_precision != "bf16":
+            problems.append(f"--mixed_precision {args.mixed_precision}: --low_memory needs bf16")
 
 
 def resolve_rank(args, problems):
@@ -645,6 +695,13 @@ def is_ours(name):
     return name in OUTPUT or CHECKPOINT_NAME.fullmatch(name) is not None
 
 
+def leftovers(args):
+    """Return what a start deletes: the litter of a run that was killed, and the run --overwrite_output_dir gives up."""
+    output = Path(args.output_dir)
+    ours = [path for path in output.glob("*") if args.overwrite_output_dir and is_ours(path.name)]
+    return [*output.glob(".*checkpoint-*"), *output.glob(".export"), *ours]
+
+
 def checkpoints(output_dir):
     """Return the folders of `output_dir` named checkpoint-N by ascending N, whole or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
@@ -657,8 +714,8 @@ def number(checkpoint):
     return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
 
 
-def lock(folder):
-    """Hold an output folder for this process until it ends, however it ends. Exits with code 2 if another holds it.
+def lock(folder, wait=False):
+    """Hold a folder for this process until it ends, however it ends. If another holds it, wait or exit with code 2.
 
     The lock is lost as soon as this process closes any file of that name, so nothing else may open it. Windows, and
     file systems that know no locks, are trusted.
@@ -669,10 +726,12 @@ def lock(folder):
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 (to stay open)
     except OSError as error:
-        return stop([f"--output_dir {folder}: cannot be written to: {error}"], alone=True)
+        return stop(
+            [f"{'--cache_dir' if wait else '--output_dir'} {folder}: cannot be written to: {error}"], alone=True
+        )
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         stop([f"--output_dir {folder}: another process is training into it"], alone=True)
     except OSError:  # no locks here
@@ -756,6 +815,8 @@ class Plan:
         rows (int): rows of the data set that are trained on.
         processes (int): processes that share each step.
         parameters (int): weights of the UNet.
+        texts (int): distinct captions.
+        width (int): numbers in what the text encoder makes of one token.
 
     Attributes:
         batch_per_process (int): samples of one step that one process sees.
@@ -764,27 +825,51 @@ class Plan:
         max_steps (int): steps of the whole run.
         learning_rate (float): peak learning rate, after --scale_lr.
         memory (dict[str, int]): bytes of what is trained, by its name.
-        checkpoint_bytes (int): size of one checkpoint: float32 weights, AdamW's two moments, and the EMA.
+        views (int): pictures made of each row: itself, and with --random_flip its mirror image.
+        encoded (Path or None): folder of the encoded pictures and captions, if they are to be kept.
+        encoded_bytes (int): their size.
+        checkpoint_bytes (int): size of one checkpoint: weights, AdamW's two moments, and the EMA.
         export_bytes (int): size of the exported pipeline.
     """
 
-    def __init__(self, args, rows, processes, parameters):
+    def __init__(self, args, rows, processes, parameters, texts=0, width=768):
         self.args, self.rows, self.processes = args, rows, processes
         self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps
         self.effective_batch = self.batch_per_process * processes
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)
+        each = 2 if args.low_memory else 4
         self.memory = {
-            "weights": 4 * parameters,
-            "gradients": 4 * parameters,
+            "weights": each * parameters,
+            "gradients": each * parameters,
             "optimizer state": 2 * (1 if args.use_8bit_adam else 4) * parameters,
-            "EMA": 4 * parameters if args.use_ema else 0,
+            "EMA (host)" if args.low_memory else "EMA": 4 * parameters if args.use_ema else 0,
         }
+        *_, average = self.memory.values()
         self.checkpoint_bytes = sum(self.memory.values()) - self.memory["gradients"]
         base = Path(args.pretrained_model_name_or_path)
         frozen = sum(size_on_disk(base / part) for part in PARTS if part != "unet") if base.is_dir() else FROZEN_BYTES
-        self.export_bytes = self.memory["weights"] + self.memory["EMA"] + frozen
+        self.export_bytes = self.memory["weights"] + average + frozen
+        self.views = 2 if args.random_flip else 1
+        latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
+        self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
+        self.encoded, self.encoded_why = self.choose_encoded()
+
+    def choose_encoded(self):
+        """Return the folder for encoded pictures and captions, or None and why there is none."""
+        args, folder = self.args, Path(self.args.cache_dir or self.args.output_dir)
+        if args.cache_latents == "off":
+            return None, "--cache_latents off"
+        if args.cache_latents == "auto":
+            if not args.center_crop:
+                return None, "random crops"
+            if self.max_steps * self.effective_batch <= self.rows * self.views:
+                return None, "each is used only once"
+            room = shutil.disk_usage(disk_of(folder)).free - 2 * self.checkpoint_bytes - self.export_bytes
+            if room + encoded_size(folder) < self.encoded_bytes:
+                return None, f"{gigabytes(self.encoded_bytes)} would not fit in {folder}"
+        return folder, "once"
 
     def saves_after(self, step):
         """Say whether a checkpoint is due after `step`: at every interval, and at the end."""
@@ -808,15 +893,15 @@ class Plan:
         return range(first, first + self.batch_per_process)
 
     def __str__(self):
-        saves, epochs = self.saves_from(0), self.max_steps // self.steps_per_epoch
-        validations = 0
-        if self.args.validation_prompts:
-            validations = math.ceil(epochs / self.args.validation_epochs)
-            last = epochs * self.steps_per_epoch == self.max_steps and (epochs - 1) % self.args.validation_epochs == 0
-            validations += not last  # there is one at the end in any case
+        saves, epoch = self.saves_from(0), self.steps_per_epoch
+        regular = range(epoch, self.max_steps, epoch * self.args.validation_epochs)  # and one at the end in any case
+        validations = len(regular) + 1 if self.args.validation_prompts else 0
         kept = min(saves, self.args.checkpoints_total_limit or saves)
         each = gigabytes(self.checkpoint_bytes)
         memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
+        encoding = f"pictures and captions, each time they are used ({self.encoded_why})"
+        if self.encoded:
+            encoding = f"pictures and captions once, kept in {self.encoded} ({gigabytes(self.encoded_bytes)})"
         return (
             f"  rows             {self.rows}\n"
             f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
@@ -824,6 +909,7 @@ class Plan:
             f"{self.max_steps / self.steps_per_epoch:.1f} epochs)\n"
             f"  learning rate    {self.learning_rate:g}\n"
             f"  memory           {memory}; activations come on top\n"
+            f"  encoding         {encoding}\n"
             f"  checkpoints      {saves}, {kept} of them kept: {each} each, "
             f"{gigabytes(kept * self.checkpoint_bytes)} in all\n"
             f"  export           {gigabytes(self.export_bytes)}\n"
@@ -844,6 +930,11 @@ def disk_of(folder):
 def size_on_disk(path):
     """Return the bytes of a file, or of all files in a folder; 0 where there is neither."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def encoded_size(folder):
+    """Return the bytes of the encoded pictures and captions that runs have left in a folder."""
+    return sum(map(size_on_disk, Path(folder).glob("encoded-*")))
 
 
 def compare_runs(saved, plan, now, data):
@@ -894,14 +985,13 @@ def compare_disk(plan, step):
         export fit, and warnings, where not all of them do, or they take more than 100 GB.
     """
     args, output = plan.args, Path(plan.args.output_dir).resolve()
-    there, litter = checkpoints(output), [*output.glob(".*checkpoint-*"), output / ".export"]
-    if args.overwrite_output_dir:
-        there, litter = [], [*litter, *(path for path in output.glob("*") if is_ours(path.name))]
-    free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, litter))
+    there = [] if args.overwrite_output_dir else checkpoints(output)
+    free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, leftovers(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
     most = saves if limit is None else min(saves, max(1, limit + 1 - len(there)))  # the oldest goes after the new one
     least = min(saves, 1 if there else 2)
-    least, total = (plan.export_bytes + count * plan.checkpoint_bytes for count in (least, most))
+    encoded = max(0, plan.encoded_bytes - encoded_size(plan.encoded)) if plan.encoded else 0
+    least, total = (encoded + plan.export_bytes + count * plan.checkpoint_bytes for count in (least, most))
     sizes = (
         f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)} and an export of {gigabytes(plan.export_bytes)}"
     )

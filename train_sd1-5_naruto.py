@@ -41,22 +41,26 @@ import threading
 import time
 import traceback
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
 import datasets
 import diffusers
 import numpy as np
+import psutil
 import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageCms, ImageOps
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
@@ -83,7 +87,7 @@ def main(args):
     noise_scheduler = load_noise_scheduler(args)
     tokenizer = load_tokenizer(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
-    plan = Plan(args, len(rows.kept), accelerator.num_processes, count_parameters(args))
+    plan = make_plan(args, rows, accelerator)
     check_plan(plan, saved, seed, rows, accelerator)
     if args.dry_run:
         accelerator.print("Dry run: every check has passed, and nothing was trained.")
@@ -181,15 +185,19 @@ def load_noise_scheduler(args):
     return scheduler
 
 
-def count_parameters(args):
-    """Return how many weights the base model's UNet has, from its configuration alone."""
-    return sum(parameter.numel() for parameter in load_base(describe_unet, args, subfolder="unet").parameters())
+def make_plan(args, rows, accelerator):
+    """Return the `Plan`, for which the base model's UNet is measured by its configuration alone."""
+    unet = load_base(
+        lambda *name, **kw: hollow_unet(UNet2DConditionModel.load_config(*name, **kw)), args, subfolder="unet"
+    )
+    sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
+    return Plan(args, len(rows.kept), accelerator.num_processes, *sizes)
 
 
-def describe_unet(name, **kwargs):
+def hollow_unet(config):
     """Return a UNet without the memory for its weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, **kwargs))
+        return UNet2DConditionModel.from_config(config)
 
 
 def check_plan(plan, saved, seed, rows, accelerator):
@@ -218,6 +226,12 @@ class Rows:
     fingerprint: str  # of every caption and picture file, in their order
     bad: dict  # number of a row left out by --skip_bad_rows -> what is wrong with it
     kept: list  # numbers of the rows trained on
+    captions: list  # of all rows: the captions of each, as a list
+
+    @functools.cached_property
+    def texts(self):
+        """The distinct captions of the rows trained on, and the empty one, sorted."""
+        return sorted({"", *(text for number in self.kept for text in self.captions[number])})
 
 
 def load_rows(args, tokenizer, seed, accelerator):
@@ -230,7 +244,8 @@ def load_rows(args, tokenizer, seed, accelerator):
         table = read_dataset(args)
     check_columns(table, args)
     table = table.select_columns([args.image_column, args.caption_column])
-    check_captions(list(table[args.caption_column]), args.caption_column, tokenizer, accelerator)
+    captions = [list_captions(caption) for caption in table[args.caption_column]]
+    check_captions(captions, args.caption_column, tokenizer, accelerator)
     found = [read_pictures(table, args) if accelerator.is_main_process else None]
     fingerprint, bad = broadcast_object_list(found)[0]
     if bad and not args.skip_bad_rows:
@@ -245,7 +260,7 @@ def load_rows(args, tokenizer, seed, accelerator):
         stop(["--skip_bad_rows: no row is left"])
     if limit is not None and limit > len(kept):
         accelerator.print(f"note: --max_train_samples {limit}: the data set has {len(kept)}, all used")
-    return Rows(table, fingerprint, bad, kept)
+    return Rows(table, fingerprint, bad, kept, captions)
 
 
 def read_dataset(args):
@@ -286,12 +301,11 @@ def check_columns(rows, args):
 
 def check_captions(captions, column, tokenizer, accelerator):
     """Exit with code 2 if a caption is missing or empty; say how many are longer than the text encoder reads."""
-    variants = [list_captions(caption) for caption in captions]
-    bad = [index for index, texts in enumerate(variants) if not texts]
+    bad = [index for index, texts in enumerate(captions) if not texts]
     if bad:
         rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         stop([f"--caption_column {column}: {len(bad)} row(s) without a caption, or with an empty one: {rows}"])
-    texts = sorted({text for texts in variants for text in texts})
+    texts = sorted({text for texts in captions for text in texts})
     lengths = map(len, tokenizer(texts, truncation=False, verbose=False).input_ids)
     cut = sum(length > tokenizer.model_max_length for length in lengths)
     if cut:
@@ -328,20 +342,23 @@ def read_pictures(table, args):
         digest.update(repr((row[args.caption_column], len(content))).encode() + content)
     fingerprint = digest.hexdigest()[:16]
     if args.skip_bad_rows:
-        memory = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.json")
-        if memory.exists():
-            decoded = {int(number): wrong for number, wrong in json.loads(memory.read_text("utf-8")).items()}
-        else:
-            numbers = tqdm([number for number in range(len(table)) if number not in bad], desc="Decoding every picture")
-            faults = ((number, picture_fault(table, number, args)) for number in numbers)
-            decoded = {number: wrong for number, wrong in faults if wrong}
-            draft = memory.with_suffix(".new")  # a killed run leaves nothing half written
-            with contextlib.suppress(OSError):  # where nothing can be kept, the next run decodes again
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                draft.write_text(json.dumps(decoded), "utf-8")
-                draft.replace(memory)
-        bad |= decoded
+        bad |= decode_pictures(table, [number for number in range(len(table)) if number not in bad], fingerprint, args)
     return fingerprint, dict(sorted(bad.items()))
+
+
+def decode_pictures(table, numbers, fingerprint, args):
+    """Return what is wrong with each of the rows whose picture cannot be decoded; it is kept for the next run."""
+    memory = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.json")
+    if memory.exists():
+        return {int(number): wrong for number, wrong in json.loads(memory.read_text("utf-8")).items()}
+    faults = ((number, picture_fault(table, number, args)) for number in tqdm(numbers, desc="Decoding every picture"))
+    bad = {number: wrong for number, wrong in faults if wrong}
+    draft = memory.with_suffix(".new")  # a killed run leaves nothing half written
+    with contextlib.suppress(OSError):  # where nothing can be kept, the next run decodes again
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(bad), "utf-8")
+        draft.replace(memory)
+    return bad
 
 
 def picture_fault(table, number, args):
@@ -376,29 +393,19 @@ class SampleStream(torch.utils.data.Dataset):
         self.rows, self.tokenizer, self.args, self.seed = rows, tokenizer, args, seed
         self.latent_shape = (latent_channels, latent_size, latent_size)
         self.num_train_timesteps = num_train_timesteps
+        self.encoded = None  # Encoded, where pictures and captions are encoded only once
 
     def __getitem__(self, position):
         """Return the sample at `position` (from 0) as a dictionary of tensors without a batch dimension."""
         args, drawn = self.args, self.draw(position)
         choice, dropout, top, left, flip = drawn.pop("choices").tolist()
-        number = self.row(position)
-        try:
-            row = self.rows.table[number]
-            pixel_values = to_pixels(
-                row[args.image_column],
-                args.resolution,
-                args.image_interpolation_mode,
-                crop=None if args.center_crop else (top, left),
-                flip=args.random_flip and flip < 0.5,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            wrong = f"{describe(self.rows.table, number, args)}: {type(error).__name__}: {error}"
-            raise BadRow(f"{wrong} (--skip_bad_rows goes on without it; repaired, it makes another data set)") from None
-        captions = list_captions(row[args.caption_column])
+        index, flipped = self.index(position), args.random_flip and flip < 0.5
+        captions = self.rows.captions[self.rows.kept[index]]
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
-        return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, caption), **drawn}
+        if self.encoded:
+            return self.encoded.look_up(index, flipped, caption) | drawn
+        pixel_values = self.load_pixels(index, flipped, crop=None if args.center_crop else (top, left))
+        return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, [caption])[0], **drawn}
 
     def draw(self, position):
         """Return everything random about the sample at `position`, as a dictionary of tensors."""
@@ -414,16 +421,36 @@ class SampleStream(torch.utils.data.Dataset):
             drawn["input_perturbation"] = torch.randn(self.latent_shape, generator=draws)
         return drawn
 
-    def row(self, position):
-        """Return the number of the row that the sample at `position` shows."""
+    def index(self, position):
+        """Return which of the rows trained on, counted from 0, the sample at `position` shows."""
         epoch, index = divmod(position, len(self.rows.kept))
-        return self.rows.kept[permutation(self.seed, epoch, len(self.rows.kept))[index]]
+        return permutation(self.seed, epoch, len(self.rows.kept))[index]
+
+    def row(self, position):
+        """Return the number of that row in the data set."""
+        return self.rows.kept[self.index(position)]
+
+    def load_pixels(self, index, flipped, crop=None):
+        """Return the picture of a row trained on, as `to_pixels` makes it."""
+        args, number = self.args, self.rows.kept[index]
+        try:
+            image = self.rows.table[number][args.image_column]
+            return to_pixels(image, args.resolution, args.image_interpolation_mode, crop=crop, flip=flipped)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a broken file makes a decoder raise
+            wrong = f"{describe(self.rows.table, number, args)}: {type(error).__name__}: {error}"
+            raise BadRow(f"{wrong} (--skip_bad_rows goes on without it; repaired, it makes another data set)") from None
 
 
 def keyed_generator(*key):
-    """Return a CPU generator that depends on nothing but `key`. (torch uses only 32 bits of a CPU seed.)"""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    """Return a CPU generator that depends on nothing but `key`."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def keyed_seed(*key):
+    """Return a seed that depends on nothing but `key`. (torch uses only 32 bits of a CPU seed.)"""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
 
 
 @functools.lru_cache(maxsize=2)  # samples come in order of their epochs
@@ -483,11 +510,118 @@ def to_8_bits(pixels, mode):
     return np.rint(np.nan_to_num(pixels).clip(0, white) * (255 / white)).astype(np.uint8)
 
 
-def tokenize(tokenizer, caption):
-    """Return a caption's token ids, cut or padded to the tokenizer's length: int64, shape (77,)."""
+def tokenize(tokenizer, texts):
+    """Return the token ids of texts, cut or padded to the tokenizer's length: int64, shape (texts, 77)."""
     return tokenizer(
-        caption, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids[0]
+        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures and captions that are encoded only once
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What the frozen models make of every picture and caption, in files that are mapped into memory."""
+
+    pictures: datasets.Dataset  # one for each view of each row: the row, then with --random_flip its mirror image
+    captions: datasets.Dataset  # in the order of Rows.texts
+    texts: dict  # caption -> its number
+    views: int
+    latent_shape: tuple
+
+    def look_up(self, index, flipped, caption):
+        """Return what a sample that shows row `index` needs of it, in the shapes that `diffusion_loss` takes."""
+        moments = self.pictures[self.views * index + bool(flipped)]["values"]
+        hidden_states = self.captions[self.texts[caption]]["values"]
+        return {
+            "moments": moments.view(2, *self.latent_shape),
+            "encoder_hidden_states": hidden_states.view(77, -1),
+        }
+
+
+def encode_rows(stream, plan, vae, text_encoder, accelerator):
+    """Return the `Encoded` rows, found where an earlier run left them, or made now.
+
+    The folder's name is a hash of all that they depend on. They are written in shards, each under a temporary name, so
+    that a run which is killed meanwhile loses at most one.
+    """
+    rows, args = stream.rows, stream.args
+    ids = tokenize(stream.tokenizer, rows.texts)
+    transform = args.resolution, args.image_interpolation_mode, plan.views
+    key = (rows.fingerprint, rows.kept, transform, ids.tolist(), vae.dtype, digest(vae), digest(text_encoder))
+    folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+
+    def encode_views(indices):  # mirrored before they are encoded: the latents of a mirrored picture are not mirrored
+        views = [stream.load_pixels(index, flipped) for index in indices for flipped in range(plan.views)]
+        return encode_pictures(vae, torch.stack(views).to(vae.device))
+
+    def encode_texts(numbers):
+        return encode_captions(text_encoder, ids[numbers].to(text_encoder.device))
+
+    with accelerator.local_main_process_first(), ending_on(BadRow, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with sd_config.lock(folder, wait=True):  # another run may be making the same
+            for path in folder.glob("tmp*"):  # of a run that was killed
+                path.unlink()
+            pictures = encode_once(folder, "pictures", encode_views, len(rows.kept), 4, accelerator)
+            captions = encode_once(folder, "captions", encode_texts, len(rows.texts), 32, accelerator)
+    texts = {text: number for number, text in enumerate(rows.texts)}
+    return Encoded(pictures, captions, texts, plan.views, stream.latent_shape)
+
+
+@contextlib.contextmanager
+def ending_on(*errors):
+    """Exit with code 2 and the error's message, but for a traceback, if one of `errors` is raised."""
+    try:
+        yield
+    except errors as error:
+        stop([str(error)], alone=True)
+
+
+def digest(model):
+    """Return a hash of a model's weights."""
+    value = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        value.update(name.encode())
+        value.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return value.hexdigest()
+
+
+def encode_once(folder, name, encode, count, batch_size, accelerator):
+    """Return `encode` of the numbers below `count`, as a data set of flat float32 tensors in its column `values`."""
+    numbers, shards = list(range(count)), []
+    files = [folder / f"{name}-{first:06}.arrow" for first in range(0, count, sd_config.SHARD_ROWS)]
+    found = sum(map(is_whole, files))
+    if found:
+        accelerator.print(f"Encoded {name}: found {found} of {len(files)} shards in {folder}")
+    for file, first in zip(files, range(0, count, sd_config.SHARD_ROWS), strict=True):
+        shard = datasets.Dataset.from_dict({"number": numbers[first : first + sd_config.SHARD_ROWS]})
+        shard = shard.map(
+            lambda batch: {"values": encode(batch["number"]).flatten(1).cpu().numpy()},
+            batched=True,
+            batch_size=batch_size,
+            remove_columns="number",
+            cache_file_name=str(file),
+            new_fingerprint=f"{folder.name}-{file.stem}",  # or the function and its models would be hashed for one
+            desc=f"Encoding {name} from {first} of {count}",
+        )
+        shards.append(shard)
+    return datasets.concatenate_datasets(shards).with_format("torch")
+
+
+def is_whole(file):
+    """Say whether a file of encoded rows is there, and remove one that cannot be read."""
+    try:
+        datasets.Dataset.from_file(str(file))
+        return True
+    except FileNotFoundError:
+        return False
+    except Exception:  # cut short by a power cut
+        file.unlink()
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -506,7 +640,8 @@ class Run:
     pipeline: StableDiffusionPipeline  # the base model's parts as they were loaded, to be exported untouched
     vae: torch.nn.Module  # frozen working copies, on the device and in the precision of the run
     text_encoder: torch.nn.Module
-    unet: torch.nn.Module  # float32 master weights, prepared by accelerate
+    unet: torch.nn.Module  # the weights that are trained
+    network: object  # what they are trained through: the UNet as accelerate prepares it, and compiled
     ema: EMAModel | None
     optimizer: torch.optim.Optimizer
     lr_lambda: object  # step, from 0 -> factor of the learning rate
@@ -515,6 +650,10 @@ class Run:
     stream: SampleStream
     nonfinite: torch.Tensor  # on the device: 1 once a loss or gradient was not finite, from when on no step updates
     optimizer_asks: bool  # whether the optimizer itself looks at that, so that the host need not
+    micro_batch_size: int
+    micro_batch_fixed: bool  # if not, it is halved when memory runs out
+    saver: ThreadPoolExecutor  # one thread
+    saving: tuple | None = None  # the checkpoint being written and, on the process that writes it, its Future
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
     loss_scale: float | None = None  # fp16 only: the scaler's factor after the last step
@@ -527,37 +666,43 @@ class Run:
 
 
 def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
-    """Load the models, and build the optimizer and its schedule."""
+    """Load the models, encode what is to be encoded only once, and build the optimizer and its schedule."""
     pipeline, ema_unet = load_models(args)
-    unet = pipeline.unet.requires_grad_(True).train()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ValueError, NotImplementedError) as error:  # no CUDA device, or one that xformers was not built for
-            stop([f"--enable_xformers_memory_efficient_attention: {error}"])
-    unet.to(accelerator.device)
-    ema = EMAModel(ema_unet.parameters(), foreach=True) if args.use_ema else None
-    if ema:
-        ema.to(accelerator.device)
-
-    optimizer = create_optimizer(args, plan, unet)
-    # The rate of a step is a function of its number: the schedule is never advanced, saved or handed to accelerate.
-    schedule = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
-    )
-    nonfinite = torch.zeros((), device=accelerator.device)
-    if optimizer.defaults.get("fused") and not accelerator.scaler:  # fp16's scaler brings a flag of its own
-        optimizer.found_inf = nonfinite
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = half.get(accelerator.mixed_precision, torch.float32)
     vae, text_encoder = (
         copy.deepcopy(part).requires_grad_(False).eval().to(accelerator.device, dtype)
         for part in (pipeline.vae, pipeline.text_encoder)
     )
+    stream = SampleStream(
+        rows,
+        copy.deepcopy(pipeline.tokenizer),  # it remembers how it was used, and is exported untouched
+        args,
+        seed,
+        latent_channels=vae.config.latent_channels,
+        latent_size=args.resolution // pipeline.vae_scale_factor,
+        num_train_timesteps=len(noise_scheduler.alphas_cumprod),
+    )
+    if plan.encoded:
+        stream.encoded = encode_rows(stream, plan, vae, text_encoder, accelerator)
+        vae, text_encoder = vae.to("cpu"), text_encoder.to("cpu")
+
+    ema = EMAModel(ema_unet.parameters(), foreach=not args.low_memory) if args.use_ema else None
+    if ema and not args.low_memory:
+        ema.to(accelerator.device)
+    unet = prepare_unet(pipeline.unet, args, accelerator)
+    optimizer = create_optimizer(args, plan, unet)
+    # The rate of a step is a function of its number: the schedule is never advanced, saved or handed to accelerate.
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
+    )
+    nonfinite, fused = torch.zeros((), device=accelerator.device), optimizer.defaults.get("fused")
+    if fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
+        optimizer.found_inf = nonfinite
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    if args.torch_compile:
+        network = torch.compile(network, fullgraph=True, dynamic=False)
+    auto = args.micro_batch_size == "auto"
     return Run(
         args=args,
         plan=plan,
@@ -567,23 +712,39 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
         vae=vae,
         text_encoder=text_encoder,
         unet=unet,
+        network=network,
         ema=ema,
         optimizer=optimizer,
         lr_lambda=schedule.lr_lambdas[0],
         prediction_type=noise_scheduler.config.prediction_type,
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
-        stream=SampleStream(
-            rows,
-            copy.deepcopy(pipeline.tokenizer),  # it remembers how it was used, and is exported untouched
-            args,
-            seed,
-            latent_channels=vae.config.latent_channels,
-            latent_size=args.resolution // pipeline.vae_scale_factor,
-            num_train_timesteps=len(noise_scheduler.alphas_cumprod),
-        ),
+        stream=stream,
         nonfinite=nonfinite,
-        optimizer_asks=bool(optimizer.defaults.get("fused") or accelerator.scaler),
+        optimizer_asks=bool(fused or accelerator.scaler),
+        micro_batch_size=plan.batch_per_process if auto else args.micro_batch_size,
+        micro_batch_fixed=not auto,
+        saver=ThreadPoolExecutor(max_workers=1),
     )
+
+
+def prepare_unet(unet, args, accelerator):
+    """Make the UNet ready to be trained: precision, memory, device."""
+    unet.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError) as error:  # no CUDA device, or one that xformers was not built for
+            stop([f"--enable_xformers_memory_efficient_attention: {error}"])
+    if args.low_memory:
+        for parameter in unet.parameters():
+            # torchao keeps 8-bit moments of such tensors only; those of others have the precision of the weights.
+            if parameter.numel() >= 4096 and parameter.numel() % 256 == 0:
+                parameter.data = parameter.data.bfloat16()
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
+        unet.to(memory_format=torch.channels_last)  # what tensor cores take convolutions in
+    return unet.to(accelerator.device)
 
 
 def load_models(args):
@@ -646,7 +807,7 @@ def create_optimizer(args, plan, unet):
     if args.use_8bit_adam:
         from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
 
-        return AdamW8bit(unet.parameters(), **settings)
+        return AdamW8bit(unet.parameters(), **settings, bf16_stochastic_round=args.low_memory)
     # Fused only where it is known to heed `found_inf`, on which the guard against NaN rests: mps, for one, does not.
     return torch.optim.AdamW(unet.parameters(), fused=unet.device.type in ("cpu", "cuda"), **settings)
 
@@ -664,6 +825,8 @@ def restore(run, saved):
         run.ema.optimization_step = saved["ema_step"]
     if run.accelerator.scaler and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
+    if not run.micro_batch_fixed and run.plan.batch_per_process % saved["micro_batch_size"] == 0:
+        run.micro_batch_size = saved["micro_batch_size"]
     run.step, run.saved_step, run.loss, run.checkpoint = saved["step"], saved["step"], saved["loss"], folder
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
 
@@ -686,13 +849,9 @@ def claimed_output(args, saved, accelerator):
 
 def clear_output(run):
     """Delete the litter of a run that was killed, and the run that --overwrite_output_dir gives up (not its logs)."""
-    output = Path(run.args.output_dir)
     if run.accelerator.is_main_process:
-        for path in (*output.glob(".*checkpoint-*"), output / ".export"):
-            shutil.rmtree(path, ignore_errors=True)
-        if run.args.overwrite_output_dir:
-            for path in filter(lambda path: sd_config.is_ours(path.name), output.iterdir()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sd_config.leftovers(run.args):
+            shutil.rmtree(path, ignore_errors=path.name[0] == ".") if path.is_dir() else path.unlink()
     run.accelerator.wait_for_everyone()
 
 
@@ -768,9 +927,10 @@ def train(run):
         leave_if_asked(run, signals)
         for batch in create_loader(run):
             progress.add(train_step(run, batch))
+            finish_saving(run, wait=False)
             saves, validates = run.plan.saves_after(run.step), run.plan.validates_after(run.step)
             if saves or validates or run.step % LOG_EVERY == 0:
-                progress.flush()
+                progress.flush(everything=saves or validates)
             if saves:
                 save_checkpoint(run)
             if validates:
@@ -778,6 +938,7 @@ def train(run):
             if saves or validates:
                 progress.restart_clock()
             leave_if_asked(run, signals)
+        finish_saving(run)
     progress.close()
 
 
@@ -786,6 +947,7 @@ def leave_if_asked(run, signals):
     if number := signals.received_by_any():
         run.progress.flush()
         save_checkpoint(run)
+        finish_saving(run)
         sys.exit(128 + number)
 
 
@@ -878,9 +1040,8 @@ def rescued(run):
         code, together = (error.code, error.everywhere) if known else (1, False)
         explain(error, run)
         traceback.clear_frames(error.__traceback__)  # they hold what fills the memory, if that is the error
-        if run.accelerator.num_processes == 1:
-            together = True
-            rescue(run)
+        together |= run.accelerator.num_processes == 1
+        rescue(run)
     if together:
         finish_tracker(run, code)
     else:  # it may wait for a network, and other processes for this one
@@ -919,12 +1080,16 @@ def explain(error, run):
 
 
 def rescue(run):
-    """After an error in a run of one process, log what was trained before it, and save it if it is sound."""
+    """After an error, finish what is being saved; in a run of one process, log and save what was trained, if sound."""
     try:
+        finish_saving(run)
+        if run.accelerator.num_processes > 1:
+            return
         if run.progress:
             run.progress.flush()
         if run.sound and run.step:
             save_checkpoint(run)
+            finish_saving(run)
     except Exception as error:  # a device that has failed, a disk that is full
         explain(error, run)
 
@@ -939,28 +1104,22 @@ def train_step(run, batch):
         dict: the step's metrics; loss and gradient norm are tensors on the device, shape ().
     """
     args, accelerator = run.args, run.accelerator
+    if not run.micro_batch_fixed and accelerator.num_processes > 1:
+        agree_on_micro_batch(run, batch)
     learning_rate = run.plan.learning_rate * run.lr_lambda(run.step)
     set_learning_rate(run.optimizer, learning_rate)
     if accelerator.scaler and run.loss_scale is None:
         run.loss_scale = accelerator.scaler.get_scale()
-    losses, optimizer = [], run.optimizer
-    for first in range(0, run.plan.batch_per_process, args.train_batch_size):
-        with accelerator.accumulate(run.unet):
-            micro_batch = {
-                name: samples[first : first + args.train_batch_size].to(accelerator.device, non_blocking=True)
-                for name, samples in batch.items()
-            }
-            loss = diffusion_loss(run, micro_batch)
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                gradient_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
-                loss = torch.stack(losses).mean()
-                run.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
-                run.sound = False  # until weights, average and step number belong together again
-            if run.optimizer_asks or not accelerator.sync_gradients or not run.nonfinite.item():
-                optimizer.step()
-            optimizer.zero_grad()
+    while (loss := add_gradients(run, batch)) is None:
+        release_memory(run)  # and once more, with smaller micro-batches
+    gradient_norm = clip_gradients(run)
+    run.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
+    run.sound = False  # until weights, average and step number belong together again
+    if args.low_memory:
+        torch.manual_seed(keyed_seed(run.seed, "rounding", run.step))  # the optimizer rounds at random
+    if run.optimizer_asks or not run.nonfinite.item():
+        run.optimizer.step()
+    run.optimizer.zero_grad()
     metrics = {"loss": loss, "grad_norm": gradient_norm, "lr": learning_rate}
     if accelerator.scaler:
         # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
@@ -968,12 +1127,109 @@ def train_step(run, batch):
         metrics["skipped"] = float(run.loss_scale < scale)
         run.skipped = run.skipped + 1 if metrics["skipped"] else 0
     if run.ema and not metrics.get("skipped"):
-        run.ema.step(run.unet.parameters())
+        update_average(run.ema, run.unet)
     run.step, run.sound = run.step + 1, True
     if run.skipped == MAX_SKIPPED_STEPS:
         where = describe_step(run, run.step, loss.item(), gradient_norm.item())
         raise NotFinite(f"fp16 overflowed in {run.skipped} steps in a row, which bf16 would not; the last: {where}")
     return metrics
+
+
+def add_gradients(run, batch, *, alone=False):
+    """Run forward and backward over a step's samples, a micro-batch at a time, so that their gradients add up.
+
+    Args:
+        batch (dict[str, torch.Tensor]): this process's samples of the step, on the host.
+        alone (bool): leave out what several processes do together.
+
+    Returns:
+        torch.Tensor or None: the mean loss, shape (). If memory ran out: None, with part of the gradients, and the
+        micro-batches are smaller from now on.
+    """
+    accelerator, losses, size = run.accelerator, [], run.micro_batch_size
+    starts = range(0, run.plan.batch_per_process, size)
+    accelerator.gradient_accumulation_steps = len(starts)  # by which it divides each loss
+    try:
+        for first in starts:
+            together = first == starts[-1] and not alone
+            with contextlib.nullcontext() if together else accelerator.no_sync(run.network):
+                micro_batch = {
+                    name: samples[first : first + size].to(accelerator.device, non_blocking=True)
+                    for name, samples in batch.items()
+                }
+                loss = diffusion_loss(run, micro_batch)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+        return torch.stack(losses).mean()
+    except RuntimeError as error:
+        if run.micro_batch_fixed or size == 1 or not should_reduce_batch_size(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+    run.micro_batch_size = next(n for n in range(size // 2, 0, -1) if run.plan.batch_per_process % n == 0)
+    accelerator.print(f"\nnote: out of memory; micro-batches of {run.micro_batch_size} instead of {size} from here on")
+    return None
+
+
+def release_memory(run):
+    """Give back the gradients, and what the device's allocator keeps of memory that is no longer used."""
+    run.optimizer.zero_grad()
+    clear_device_cache(garbage_collection=True)
+
+
+def agree_on_micro_batch(run, batch):
+    """Find, before the first step, the size of a micro-batch that fits on every process; from then on it is fixed."""
+    allocate_moments(run)
+    tried = None
+    while tried != run.micro_batch_size:
+        tried = run.micro_batch_size
+        add_gradients(run, batch, alone=True)
+        release_memory(run)
+        size = torch.tensor(run.micro_batch_size, device=run.accelerator.device)
+        run.micro_batch_size = int(run.accelerator.gather(size).min())
+    run.micro_batch_fixed = True
+
+
+def allocate_moments(run):
+    """Have the optimizer allocate its moments, by a step that changes nothing else: what then fits will still fit."""
+    optimizer = run.optimizer.optimizer
+    if optimizer.state:  # it was restored
+        return
+    (group,) = optimizer.param_groups
+    epsilon, group["eps"] = group["eps"], 1.0  # with none, 0 / 0
+    set_learning_rate(optimizer, 0.0)
+    for parameter in run.unet.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    group["eps"] = epsilon
+    release_memory(run)
+
+
+def clip_gradients(run):
+    """Scale the gradients down to --max_grad_norm, if their global norm is above it. Return that norm: shape ()."""
+    parameters, limit = list(run.unet.parameters()), run.args.max_grad_norm
+    if not run.args.low_memory:
+        return run.accelerator.clip_grad_norm_(parameters, limit)
+    norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+@torch.no_grad()
+def update_average(ema, unet):
+    """Move the moving average towards the weights; tensor by tensor, where it is in the host's memory.
+
+    In place of `EMAModel.step`, which takes two passes over memory, and as much of it again as the average itself.
+    """
+    ema.optimization_step += 1
+    decay = ema.get_decay(ema.optimization_step)
+    if ema.foreach:
+        get_ema_multi_avg_fn(decay)(ema.shadow_params, list(unet.parameters()), None)
+        return
+    for average, parameter in zip(ema.shadow_params, unet.parameters(), strict=True):
+        average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
 
 def set_learning_rate(optimizer, value):
@@ -989,7 +1245,7 @@ class Progress:
     """Collects the metrics of each step on the device, and reads, logs and shows them a few steps at a time."""
 
     def __init__(self, run):
-        self.run, self.pending = run, []
+        self.run, self.pending, self.asked = run, [], []
         self.bar = tqdm(
             total=run.plan.max_steps, initial=run.step, desc="Steps", disable=not run.accelerator.is_local_main_process
         )
@@ -1004,15 +1260,36 @@ class Progress:
         self.pending.append((self.run.step, metrics))
         self.bar.update()
 
-    def flush(self):
-        """Read the metrics not yet read (the one time that the host waits), and log each at its own step."""
+    def flush(self, everything=True):
+        """Log the metrics not yet logged, each at its own step.
+
+        Unless `everything` is wanted, those since the last call are only asked for, and logged by the next: so the
+        device has other steps to do while the host reads.
+        """
+        if self.pending:
+            self.ask()
+        while len(self.asked) > (0 if everything else 1):
+            self.log(*self.asked.pop(0))
+
+    def ask(self):
+        """Have the device send what it has computed, without waiting for it."""
         run, (pending, self.pending) = self.run, (self.pending, [])
-        if not pending:
-            return
         tensors = [torch.stack([m["loss"], m["grad_norm"]]).float() for _, m in pending]
-        values = run.accelerator.reduce(torch.stack(tensors), "mean").tolist()
+        values = run.accelerator.reduce(torch.stack(tensors), "mean")
+        arrived = None
+        if values.is_cuda:
+            values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
         images_per_sec = len(pending) * run.plan.effective_batch / (time.perf_counter() - self.clock)
-        for (step, metrics), (loss, grad_norm) in zip(pending, values, strict=True):
+        self.asked.append((pending, values, arrived, images_per_sec))
+        self.restart_clock()
+
+    def log(self, pending, values, arrived, images_per_sec):
+        """Log metrics that were asked for. This is where the host waits for the device."""
+        run = self.run
+        if arrived:
+            arrived.synchronize()
+        for (step, metrics), (loss, grad_norm) in zip(pending, values.tolist(), strict=True):
             read = metrics | {"loss": loss, "grad_norm": grad_norm, "images_per_sec": images_per_sec}
             read["epoch"] = step / run.plan.steps_per_epoch
             report(run, run.accelerator.log, {f"train/{name}": value for name, value in read.items()}, step=step)
@@ -1021,7 +1298,6 @@ class Progress:
                 raise NotFinite(describe_step(run, step, loss, grad_norm))
         run.loss = loss
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {metrics['lr']:.2e}, {images_per_sec:.1f} images/s")
-        self.restart_clock()
 
     def close(self):
         """Take the bar off, and say how much memory a GPU had to have."""
@@ -1053,9 +1329,12 @@ def diffusion_loss(run, micro_batch):
     """Return the training loss of a micro-batch: shape (), float32, with its graph."""
     args, timesteps = run.args, micro_batch["timesteps"]
     alpha_bar = run.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    latents = encode_pictures(run.vae, micro_batch["pixel_values"], micro_batch["posterior_noise"])
-    with torch.no_grad():
-        encoder_hidden_states = run.text_encoder(micro_batch["input_ids"])[0]
+    if "moments" in micro_batch:  # encoded once for all
+        moments, encoder_hidden_states = micro_batch["moments"], micro_batch["encoder_hidden_states"]
+    else:
+        moments = encode_pictures(run.vae, micro_batch["pixel_values"])
+        encoder_hidden_states = encode_captions(run.text_encoder, micro_batch["input_ids"])
+    latents = sample_latents(moments, micro_batch["posterior_noise"]) * run.vae.config.scaling_factor
 
     noise = micro_batch["noise"] + args.noise_offset * micro_batch["noise_offset"]
     input_noise = noise
@@ -1067,30 +1346,41 @@ def diffusion_loss(run, micro_batch):
     conditions = timesteps, encoder_hidden_states
     if args.dream_training:
         with torch.no_grad():
-            estimate = predict(run.unet, noisy_latents, *conditions)
+            estimate = predict(run.network, noisy_latents, *conditions)
         noisy_latents, target = dream(noisy_latents, target, noise, estimate, alpha_bar, args.dream_detail_preservation)
-    prediction = predict(run.unet, noisy_latents, *conditions)
+    prediction = predict(run.network, noisy_latents, *conditions)
     losses = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if args.snr_gamma is not None:
         losses = losses * min_snr_weight(alpha_bar.flatten(), args.snr_gamma, run.prediction_type)
     return losses.mean()
 
 
-def predict(unet, noisy_latents, timesteps, encoder_hidden_states):
+def predict(network, noisy_latents, timesteps, encoder_hidden_states):
     """Return the UNet's prediction in float32, whatever precision it computes in: shape of `noisy_latents`."""
-    return unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
+    return network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
 
 
 @torch.no_grad()
-def encode_pictures(vae, pixel_values, posterior_noise):
-    """Return latents drawn from the VAE's posterior, scaled to about unit variance: float32.
-
-    Kingma & Welling 2014, "Auto-Encoding Variational Bayes", section 2.4; the scale is that of Rombach et al. 2022,
-    "High-Resolution Image Synthesis with Latent Diffusion Models", appendix D.1.
-    """
+def encode_pictures(vae, pixel_values):
+    """Return mean and log-variance of the VAE's posterior: float32, shape (batch, 2, 4, h, w)."""
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    deviation = (posterior.logvar.float() / 2).exp()
-    return (posterior.mean.float() + deviation * posterior_noise) * vae.config.scaling_factor
+    return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
+
+
+@torch.no_grad()
+def encode_captions(text_encoder, input_ids):
+    """Return what the UNet attends to, one vector for each token: float32, shape (batch, 77, width)."""
+    return text_encoder(input_ids)[0].float()
+
+
+def sample_latents(moments, posterior_noise):
+    """Return a draw from the VAE's posterior. Kingma & Welling 2014, "Auto-Encoding Variational Bayes", section 2.4.
+
+    It is then scaled to about unit variance, as in Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
+    Diffusion Models", appendix D.1.
+    """
+    mean, log_variance = moments.unbind(1)
+    return mean + (log_variance / 2).exp() * posterior_noise
 
 
 def add_noise(latents, noise, alpha_bar):
@@ -1133,27 +1423,26 @@ def dream(noisy_latents, target, noise, estimate, alpha_bar, detail_preservation
 
 
 @contextlib.contextmanager
-def ema_weights(run):
-    """Exchange the UNet's weights with their moving average (where there is one), and back at the end.
+def drawing(run):
+    """Give the UNet its averaged weights, and the device the VAE and the text encoder, for as long as this is entered.
 
-    One tensor at a time and in place, so that it costs no memory to speak of.
+    The weights meanwhile wait in the host's memory.
     """
-    swap_weights(run)
+    parts, home = (run.vae, run.text_encoder), run.vae.device
+    for part in parts:
+        part.to(run.accelerator.device)
+    run.sound = False
+    if run.ema:
+        run.ema.store(run.unet.parameters())
+        run.ema.copy_to(run.unet.parameters())
     try:
         yield
     finally:
-        swap_weights(run)
-
-
-@torch.no_grad()
-def swap_weights(run):
-    """Exchange the values of the UNet's weights with those of their moving average."""
-    run.sound = False
-    for parameter, average in zip(run.unet.parameters(), run.ema.shadow_params if run.ema else (), strict=False):
-        held = parameter.clone()
-        parameter.copy_(average)
-        average.copy_(held)
-    run.sound = True
+        if run.ema:
+            run.ema.restore(run.unet.parameters())
+        run.sound = True
+        for part in parts:
+            part.to(home)
 
 
 def validate(run, signals, *, missing_only=False):
@@ -1179,7 +1468,7 @@ def validate(run, signals, *, missing_only=False):
 
 def draw_samples(run, folder, signals):
     """Yield a picture of each validation prompt, and save it in `folder`, until a signal comes."""
-    parts = {"unet": run.accelerator.unwrap_model(run.unet), "vae": run.vae, "text_encoder": run.text_encoder}
+    parts = {"unet": run.unet, "vae": run.vae, "text_encoder": run.text_encoder}
     parts["tokenizer"] = run.stream.tokenizer
     pipeline = StableDiffusionPipeline(
         **{**run.pipeline.components, **parts, "safety_checker": None}, requires_safety_checker=False
@@ -1192,7 +1481,7 @@ def draw_samples(run, folder, signals):
         "height": run.args.resolution,
         "width": run.args.resolution,
     }
-    with ema_weights(run), run.accelerator.autocast():
+    with drawing(run), run.accelerator.autocast():
         for index, prompt in enumerate(run.args.validation_prompts):
             if signals.number:
                 return
@@ -1217,31 +1506,86 @@ def log_images(run, images, captions):
 def save_checkpoint(run):
     """Save all that is needed to go on from this step, then let go of the oldest checkpoints above the limit.
 
-    A checkpoint either exists or it does not: it is written under a hidden name, checked by a manifest, flushed to
-    disk, and renamed. Only then do older ones go, which are hidden before they are deleted.
+    The state is copied to the host's memory, and written by a thread while the training goes on, if that memory has
+    room for it. `finish_saving` waits for the thread.
     """
-    accelerator, output = run.accelerator, Path(run.args.output_dir)
-    final, folder = output / f"checkpoint-{run.step}", output / f".checkpoint-{run.step}"
+    finish_saving(run)
     if run.saved_step == run.step:
         return
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with written_whole(run, final, folder, run.plan.checkpoint_bytes):
-            write_checkpoint(run, folder)
-            discard(final)  # a damaged one: this run has come from before it
-            folder.rename(final)
-            sd_config.flush(output, within=False)
-        prune_checkpoints(run)
-    run.checkpoint, run.saved_step = final, run.step
-    accelerator.wait_for_everyone()
+    final, writing = Path(run.args.output_dir, f"checkpoint-{run.step}"), None
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        room = free_memory()
+        behind = run.plan.checkpoint_bytes < 0.9 * room
+        writing = run.saver.submit(write_checkpoint, run, final, snapshot(run, copied=behind))
+        if not behind:
+            print(f"note: {sd_config.gigabytes(room)} of memory are free, too few to save while training goes on")
+    run.saving = final, writing
+    if writing and not behind:
+        finish_saving(run)
 
 
-def prune_checkpoints(run):
+def finish_saving(run, wait=True):
+    """Take note of the checkpoint being written, once it is (for which this can `wait`), or of why it cannot be."""
+    if run.saving is None:
+        return
+    final, writing = run.saving
+    if writing and not wait and not writing.done():
+        return
+    run.saving = None
+    if writing:
+        writing.result()
+    run.checkpoint, run.saved_step = final, sd_config.number(final)
+
+
+def free_memory(group=Path("/sys/fs/cgroup")):
+    """Return how many bytes of the host's memory this process may still take."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, where there is one
+        cached = re.search(r"^file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used + int(cached[1]))
+    return free
+
+
+def snapshot(run, copied):
+    """Return the tensors of a checkpoint by the name of their file or folder, and the trainer's state.
+
+    `copied` ones lie in the host's memory, where the training that goes on does not change them.
+    """
+    tensors = {"unet": run.unet.state_dict(), "optimizer.pt": run.optimizer.state_dict()["state"]}
+    if run.ema:
+        tensors["unet_ema"] = average_of(run)
+    if copied:
+        tensors = copied_to_host(tensors)
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+    return tensors, trainer_state(run)
+
+
+def average_of(run):
+    """Return the averaged weights by their names."""
+    return dict(zip(dict(run.unet.named_parameters()), run.ema.shadow_params, strict=True))
+
+
+def copied_to_host(value):
+    """Return a copy of a tensor, or of all tensors in a dictionary, in the host's memory; the device may lag behind."""
+    if isinstance(value, dict):
+        return {key: copied_to_host(entry) for key, entry in value.items()}
+    if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments: codes, scales, and a table
+        names, context = value.__tensor_flatten__()
+        parts = {name: copied_to_host(getattr(value, name)) for name in names}
+        return value.__tensor_unflatten__(parts, context, value.size(), value.stride())
+    tensor = value.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
+
+
+def prune_checkpoints(run, step):
     """Delete the oldest checkpoints above the limit; one that cannot be deleted stops nothing."""
     limit, output = run.args.checkpoints_total_limit, Path(run.args.output_dir)
-    past = [path for path in sd_config.checkpoints(output) if sd_config.number(path) <= run.step]
+    past = [path for path in sd_config.checkpoints(output) if sd_config.number(path) <= step]
     # What lies between this one and the one before was passed over when the run was resumed: it is damaged.
-    passed = [path for path in past if run.saved_step < sd_config.number(path) < run.step]
+    passed = [path for path in past if run.saved_step < sd_config.number(path) < step]
     whole = [path for path in past if path not in passed]
     try:
         for old in (*passed, *whole[:-limit]) if limit is not None else ():
@@ -1262,17 +1606,31 @@ def written_whole(run, what, folder, size):
         raise Explained(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
 
 
-def write_checkpoint(run, folder):
-    """Write a checkpoint's files into a new folder, with their manifest, and flush them to disk."""
-    shutil.rmtree(folder, ignore_errors=True)
-    unet = run.accelerator.unwrap_model(run.unet)
-    unet.save_pretrained(folder / "unet")
-    if run.ema:
-        with ema_weights(run):
-            unet.save_pretrained(folder / "unet_ema")
-    torch.save(run.optimizer.state_dict()["state"], folder / "optimizer.pt")
-    (folder / "trainer_state.json").write_text(json.dumps(trainer_state(run), indent=2), encoding="utf-8")
-    sd_config.seal(folder)
+def write_checkpoint(run, final, taken):
+    """Write what a `snapshot` has taken as the checkpoint `final`, and let go of the oldest ones.
+
+    A checkpoint either exists or it does not: it is written under a hidden name, checked by a manifest, flushed to
+    disk, and renamed. Only then do older ones go, which are hidden before they are deleted.
+    """
+    (tensors, state), folder = taken, final.with_name(f".{final.name}")
+    with written_whole(run, final, folder, run.plan.checkpoint_bytes):
+        shutil.rmtree(folder, ignore_errors=True)
+        for part in tensors.keys() - {"optimizer.pt"}:
+            unet_holding(run, tensors[part]).save_pretrained(folder / part)
+        torch.save(tensors["optimizer.pt"], folder / "optimizer.pt")
+        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        sd_config.seal(folder)
+        discard(final)  # a damaged one: this run has come from before it
+        folder.rename(final)
+        sd_config.flush(final.parent, within=False)
+    prune_checkpoints(run, state["step"])
+
+
+def unet_holding(run, tensors):
+    """Return another UNet of the same kind, with `tensors` for its weights, of which it makes no copy."""
+    unet = hollow_unet(run.unet.config)
+    unet.load_state_dict(tensors, assign=True)
+    return unet
 
 
 def discard(folder):
@@ -1296,6 +1654,7 @@ def trainer_state(run):
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "loss": run.loss,
         "prediction_type": run.prediction_type,
+        "micro_batch_size": run.micro_batch_size,
         "base_model": os.path.abspath(base) if os.path.isdir(base) else base,
         "args": final_args(run.args, run.accelerator),
     }
@@ -1319,10 +1678,11 @@ def export(run):
         with written_whole(run, f"the pipeline in {output}", staging, run.plan.export_bytes):
             shutil.rmtree(staging, ignore_errors=True)
             infer.set_prediction_type(run.pipeline, run.prediction_type)
-            with ema_weights(run):
-                run.pipeline.save_pretrained(staging)
             if run.ema:
-                accelerator.unwrap_model(run.unet).save_pretrained(staging / "unet", variant="non_ema")
+                run.pipeline.unet = unet_holding(run, average_of(run))
+            run.pipeline.save_pretrained(staging)
+            if run.ema:
+                run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
             sd_config.flush(staging)
         # The index goes first and comes last: a folder that has one holds a whole pipeline.

@@ -238,6 +238,14 @@ CASES = {
     "more digits than Python reads": flags(f"--seed={'9' * 5000}", "--seed 999"),
     "unknown tracker": flags("--report_to=mlflow", "--report_to mlflow: must be one of"),
     "two flags at odds": flags("--dream_training --prediction_type=v_prediction", "--dream_training: defined for"),
+    "encoding random crops once": flags("--cache_latents=on", "--cache_latents on: … add --center_crop"),
+    "micro-batches that do not make a step": flags(
+        "--train_batch_size=3 --gradient_accumulation_steps=2 --micro_batch_size=4",
+        "--micro_batch_size 4: must be a divisor of --train_batch_size x --gradient_accumulation_steps = 6, or auto",
+    ),
+    "low memory in fp16": flags(
+        "--low_memory --mixed_precision=fp16", "--mixed_precision fp16: --low_memory needs bf16"
+    ),
     "rank of no launcher": flags("--local_rank=3", "--local_rank 3: LOCAL_RANK is not set"),
     "three at once": flags(
         "--seed=x --resolution=7 --use_em",

@@ -255,6 +255,9 @@ BAD = [
     ("train_batch_size", "0", "at least 1"),
     ("train_batch_size", "1.5", "a whole number"),
     ("gradient_accumulation_steps", "0", "at least 1"),
+    ("cache_latents", "yes", "auto, on, off"),
+    ("micro_batch_size", "0", "at least 1, or auto"),
+    ("micro_batch_size", "all", "at least 1, or auto"),
     ("num_train_epochs", "0", "at least 1"),
     ("max_train_steps", "0", "at least 1"),
     ("learning_rate", "-1e-5", "at least 0"),
@@ -939,7 +942,8 @@ def test_every_flag_is_known_to_change_the_training_or_not_to():
         dataloader_num_workers num_train_epochs max_train_steps gradient_checkpointing
         enable_xformers_memory_efficient_attention local_rank output_dir overwrite_output_dir checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
-        tracker_project_name logging_dir train_batch_size gradient_accumulation_steps
+        tracker_project_name logging_dir train_batch_size gradient_accumulation_steps cache_latents micro_batch_size
+        torch_compile
     """
     compared = {"seed", "max_train_samples", "use_8bit_adam"}
     flags = set(vars(sd_config.parse_args([])))

@@ -61,10 +61,10 @@ def sketches():
 
 
 @pytest.fixture
-def whole(train, once):
+def whole(train, once, tmp_path_factory):
     """The run to which nothing happened, with a checkpoint of every step and its validations."""
     if "whole" not in once:
-        once["whole"] = train(*FLAGS, *PROMPTS, "--checkpointing_steps=1", output="whole")
+        once["whole"] = train(*FLAGS, *PROMPTS, "--checkpointing_steps=1", output=tmp_path_factory.mktemp("whole"))
     return once["whole"]
 
 
@@ -193,6 +193,7 @@ def test_a_signal_cuts_a_validation_short_which_is_then_made_up_for(
 
 
 def test_a_signal_during_a_save_saves_once(stopped, finish, monkeypatch, tmp_path):
+    """The one that was being written while the training went on, and that of the step at which it stopped."""
     sealed, original = [], sd_config.seal
 
     def seal(folder):
@@ -203,9 +204,10 @@ def test_a_signal_during_a_save_saves_once(stopped, finish, monkeypatch, tmp_pat
 
     monkeypatch.setattr(sd_config, "seal", seal)
     assert stopped()[0] == 143
-    assert len(sealed) == 1
-    assert steps(tmp_path / "run") == [2]
-    finish(after=2)
+    assert sealed[0] == ".checkpoint-2"
+    saved = steps(tmp_path / "run")
+    assert sorted(sealed) == [f".checkpoint-{step}" for step in saved]
+    finish(after=saved[-1])
 
 
 FAULTY = """
@@ -414,16 +416,16 @@ def test_a_worker_that_is_killed(stopped, finish, monkeypatch, tmp_path):
     finish("--dataloader_num_workers=1", after=last)
 
 
-@pytest.mark.parametrize("owner", [torch.optim.AdamW, trainer.EMAModel])
-def test_an_error_amid_the_optimizer_step_saves_nothing(stopped, finish, monkeypatch, tmp_path, owner):
+@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (trainer, "update_average")])
+def test_an_error_amid_the_optimizer_step_saves_nothing(stopped, finish, monkeypatch, tmp_path, owner, name):
     """What is in memory then belongs to no step: some weights, moments or averages have moved, others have not."""
-    original, fail = owner.step, failing(RuntimeError("unexpected"), after=3)
+    original, fail = getattr(owner, name), failing(RuntimeError("unexpected"), after=3)
 
     def step(*args, **kwargs):
         original(*args, **kwargs)
         fail()
 
-    monkeypatch.setattr(owner, "step", step)
+    monkeypatch.setattr(owner, name, step)
     code, printed = stopped("--report_to=tensorboard")
     assert code == 1
     assert "unexpected" in printed
@@ -645,15 +647,16 @@ PAIR = ("--train_batch_size=1",)  # with two processes, the effective batch of o
 
 
 @pytest.fixture
-def pair(whole, start, tmp_path, once):
+def pair(whole, start, once, tmp_path_factory):
     """Two processes that take over from one after step 2, until one of them fails in step 6.
 
     The exit code, what was printed, the seconds it took, and the output folder, with a checkpoint of every step.
     """
     if "pair" not in once:
         begun, flags = time.monotonic(), (*PAIR, after_two(whole), "--checkpointing_steps=1")
-        ended = start(*flags, output="pair", processes=2, step=6, in_step="raise RuntimeError('unexpected')")
-        once["pair"] = (*ended, time.monotonic() - begun, tmp_path / "pair")
+        output = tmp_path_factory.mktemp("pair")
+        ended = start(*flags, output=output, processes=2, step=6, in_step="raise RuntimeError('unexpected')")
+        once["pair"] = (*ended, time.monotonic() - begun, output)
     return once["pair"]
 
 

@@ -445,3 +445,60 @@ def test_flag_skip_bad_rows(train, assets, tmp_path, capsys):
     assert subset != list(range(12))
     run = train(*FROZEN, "--max_train_samples=12", "--skip_bad_rows", data=photos, output="subset")
     assert [number for number in subset if number != 3] == run.run.stream.rows.kept[: 12 - (3 in subset)]
+
+
+def test_flag_cache_latents(train, assets, tmp_path, monkeypatch):
+    """`auto` encodes once where that changes nothing and pays."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**12))
+    long = ("--center_crop", "--train_batch_size=14", "--max_train_steps=2")
+    for flags, kept in (
+        (("--cache_latents=on", "--center_crop"), True),
+        ((*long, "--cache_latents=off"), False),
+        (long, True),
+        ((*long, "--max_train_steps=1"), False),
+        ((*long, "--random_flip"), False),
+        (long[1:], False),
+    ):
+        run = train(*SHORT, *flags, output=f"run-{len(list(tmp_path.iterdir()))}")
+        assert bool(run.run.stream.encoded) == kept
+        assert len(list(run.output.glob("encoded-*/*.arrow"))) == 2 * kept
+    needed = 2 * run.run.plan.checkpoint_bytes + run.run.plan.export_bytes + run.run.plan.encoded_bytes
+    for free, kept in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        assert bool(train(*SHORT, *long, output=f"disk-{free}").run.stream.encoded) == kept
+
+
+@pytest.mark.parametrize(("size", "sizes"), [("", [3, 3]), ("=6", [6]), ("=2", [2, 2, 2]), ("=auto", [6])])
+def test_flag_micro_batch_size(train, monkeypatch, size, sizes):
+    seen, original = [], trainer.diffusion_loss
+
+    def diffusion_loss(run, micro_batch):
+        seen.append(len(micro_batch["timesteps"]))
+        return original(run, micro_batch)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    flag = [f"--micro_batch_size{size}"] if size else []
+    train("--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_train_steps=1", *flag)
+    assert seen == sizes
+
+
+def test_flag_torch_compile(train, monkeypatch):
+    """The UNet, whole; what it then trains is compared in test_compile.py."""
+    compiled = []
+
+    def compile_network(network, **options):
+        compiled.append((network, options))
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_network)
+    train(*SHORT)
+    assert compiled == []
+    run = train(*SHORT, "--torch_compile", output="compiled")
+    assert compiled == [(run.run.unet, {"fullgraph": True, "dynamic": False})]
+
+
+def test_flag_low_memory(train, monkeypatch):
+    """The rest is in test_low_memory.py."""
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)  # it takes minutes on a CPU
+    run = train(*SHORT, "--low_memory")
+    assert torch.bfloat16 in {parameter.dtype for parameter in run.run.unet.parameters()}

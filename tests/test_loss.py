@@ -137,17 +137,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, capsys, poi
 HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")
 
 
-def test_no_step_makes_the_host_wait(train, monkeypatch):
+@pytest.fixture
+def between_readings(monkeypatch):
+    """A function that has `enter` and `leave` called around all that a step does: the step itself, and its metrics."""
+
+    def watch(enter, leave):
+        def wrap(owner, name):
+            original = getattr(owner, name)
+
+            def watched(*args, **kwargs):
+                enter()
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    leave()
+
+            monkeypatch.setattr(owner, name, watched)
+
+        wrap(trainer, "train_step")
+        wrap(trainer.Progress, "add")
+        wrap(trainer.Progress, "ask")
+
+    return watch
+
+
+STEPS = (
+    "--use_ema",
+    "--snr_gamma=5",
+    "--train_batch_size=2",
+    "--gradient_accumulation_steps=2",
+    "--max_train_steps=22",
+    "--mixed_precision=bf16",
+)
+CACHED = ("--center_crop", "--cache_latents=on", "--micro_batch_size=auto")
+
+
+@pytest.mark.parametrize("flags", [(), CACHED])
+def test_no_step_makes_the_host_wait(train, monkeypatch, between_readings, flags):
     """On a GPU each of these would stop the host until the device has caught up."""
     reads, inside = [], []
-    original = trainer.train_step
-
-    def train_step(*args):
-        inside.append(True)
-        try:
-            return original(*args)
-        finally:
-            inside.pop()
+    between_readings(lambda: inside.append(True), inside.pop)
 
     def watch(name, method):
         def call(*args, **kwargs):
@@ -159,10 +188,34 @@ def test_no_step_makes_the_host_wait(train, monkeypatch):
 
     for name in HOST_READS:
         monkeypatch.setattr(torch.Tensor, name, watch(name, getattr(torch.Tensor, name)))
-    monkeypatch.setattr(trainer, "train_step", train_step)
-    flags = ("--use_ema", "--snr_gamma=5", "--train_batch_size=2", "--gradient_accumulation_steps=2")
-    train(*flags, "--max_train_steps=2", "--mixed_precision=bf16")
+    run = train(*STEPS, *flags)
     assert reads == []
+    assert len(run.logs) == 22
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [(), CACHED, (*CACHED, "--torch_compile")])
+def test_no_step_synchronises_the_device(train, between_readings, flags):
+    """As CUDA itself sees it."""
+    mode = torch.cuda.set_sync_debug_mode
+    between_readings(lambda: mode("error"), lambda: mode("default"))
+    assert len(train(*STEPS, *flags).logs) == 22
+
+
+def test_metrics_are_read_one_reading_later(train, monkeypatch):
+    """So that the device has steps to do while the host reads; at a save, a validation and the end, all at once."""
+    read, original = [], trainer.Progress.flush
+
+    def flush(progress, everything=True):
+        original(progress, everything)
+        read.append((progress.run.step, everything, progress.run.loss))
+
+    monkeypatch.setattr(trainer.Progress, "flush", flush)
+    run = train("--train_batch_size=1", "--max_train_steps=25", "--checkpointing_steps=24")
+    losses = {step: values["train/loss"] for step, values in run.logs.items()}
+    assert list(losses) == list(range(1, 26))
+    assert read[1:] == [(20, False, losses[10]), (24, True, losses[24]), (25, True, losses[25])]
+    assert (read[0][:2], math.isnan(read[0][2])) == ((10, False), True)
 
 
 def test_the_loss_needs_nothing_from_the_host(assets):
@@ -173,7 +226,7 @@ def test_the_loss_needs_nothing_from_the_host(assets):
     flags = {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0, "dream_training": True}
     run = types.SimpleNamespace(
         args=types.SimpleNamespace(**flags, dream_detail_preservation=1.0),
-        unet=model,
+        network=model,
         vae=vae,
         text_encoder=text_encoder,
         prediction_type="epsilon",

@@ -59,7 +59,9 @@ def test_ten_steps_agree_with_the_textbook(train, assets, variant):
         [*flags, f"--train_data_dir={photos}", "--resolution=64", f"--output_dir={run.output}/new"]
     )
     table = trainer.read_dataset(args)
-    rows = trainer.Rows(table, fingerprint="", bad={}, kept=list(range(len(table))))
+    rows = trainer.Rows(
+        table, fingerprint="", bad={}, kept=list(range(len(table))), captions=[[text] for text in table["text"]]
+    )
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     stream = trainer.SampleStream(rows, tokenizer, args, 7, 4, 8, 1000)
     trained, average = oracle.train(model, stream, batch=BATCH, steps=STEPS, **{"rate": constant} | options)

@@ -32,7 +32,8 @@ def stream_of(assets):
 
     def make(rows=photos, seed=3, **changed):
         args = argparse.Namespace(**ARGS | changed)
-        rows = trainer.Rows(rows, fingerprint="", bad={}, kept=list(range(len(rows))))
+        captions = [trainer.list_captions(caption) for caption in rows["text"]]
+        rows = trainer.Rows(rows, fingerprint="", bad={}, kept=list(range(len(rows))), captions=captions)
         return trainer.SampleStream(rows, tokenizer, args, seed, 4, 8, 1000)
 
     return make
@@ -57,7 +58,7 @@ def test_an_item_is_a_function_of_seed_and_position(stream_of):
 def test_every_epoch_shows_each_row_once_in_an_order_of_its_own(assets, stream_of):
     captions = [json.loads(line)["text"] for line in (assets[1] / "metadata.jsonl").read_text().splitlines()]
     stream = stream_of()
-    tokens = {tuple(trainer.tokenize(stream.tokenizer, caption).tolist()): caption for caption in captions}
+    tokens = {tuple(trainer.tokenize(stream.tokenizer, [caption])[0].tolist()): caption for caption in captions}
     shown = [tokens[tuple(stream[position]["input_ids"].tolist())] for position in range(28)]
     assert sorted(shown[:14]) == sorted(shown[14:]) == sorted(captions)
     assert shown[:14] != shown[14:]
@@ -99,7 +100,7 @@ def test_what_is_drawn_follows_its_distribution(stream_of):
     texts = [tuple(sample["input_ids"].tolist()) for sample in samples]
     counts = {text: texts.count(text) for text in set(texts)}
     assert len(counts) == 4
-    empty = tuple(trainer.tokenize(stream_of().tokenizer, "").tolist())
+    empty = tuple(trainer.tokenize(stream_of().tokenizer, [""])[0].tolist())
     assert 110 < counts.pop(empty) < 190
     assert all(110 < count < 190 for count in counts.values())
     flipped = [sample["pixel_values"][0, 0, 0] > sample["pixel_values"][0, 0, -1] for sample in samples]

@@ -1,0 +1,188 @@
+"""Encoding pictures and captions once changes nothing but the time it takes, and loses little when it is killed."""
+
+import multiprocessing
+import os
+import shutil
+
+import pytest
+
+import sd_config
+from conftest import assert_same_state, difference, learned, trainer, weights
+
+# Twenty steps of four samples, in which everything that is kept makes a difference: both views, dropped captions.
+FLAGS = (
+    "--center_crop",
+    "--random_flip",
+    "--caption_dropout=0.3",
+    "--use_ema",
+    "--learning_rate=1e-4",
+    "--train_batch_size=4",
+    "--max_train_steps=20",
+    "--checkpointing_steps=10",
+)
+SHORT = (*FLAGS, "--max_train_steps=2", "--cache_latents=on")
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """The sizes of the batches of pictures that are encoded, as they come."""
+    sizes, original = [], trainer.encode_pictures
+
+    def encode_pictures(vae, pixel_values):
+        sizes.append(len(pixel_values))
+        return original(vae, pixel_values)
+
+    monkeypatch.setattr(trainer, "encode_pictures", encode_pictures)
+    return sizes
+
+
+def shards(folder):
+    """The files of encoded rows under a folder, by their names and the time of their last change."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("encoded-*/*")) if path.name != ".lock"}
+
+
+def test_encoding_once_trains_what_encoding_each_time_trains(train, assets, encodings):
+    each = train(*FLAGS, "--cache_latents=off", output="each")
+    assert sum(encodings) == 20 * 4
+    assert not shards(each.output)
+    encodings.clear()
+    once = train(*FLAGS, output="once")
+    assert sum(encodings) == 14 * 2
+    start = weights(assets[0] / "unet")
+    for part in ("unet", "unet_ema"):
+        trained, expected = (weights(run.output / "checkpoint-20" / part) for run in (once, each))
+        assert difference(trained, expected, start) <= 1e-4
+    resumed = [f"--resume_from_checkpoint={once.output / 'checkpoint-10'}", "--dataloader_num_workers=2"]
+    again = train(*FLAGS, *resumed, output="again")
+    assert_same_state(again.output / "checkpoint-20", once.output / "checkpoint-20")
+    assert learned(again) == {step: values for step, values in learned(once).items() if step > 10}
+
+
+def test_the_next_run_finds_what_was_encoded_and_says_so(train, assets, tmp_path, encodings, capsys):
+    before = sorted(path.name for path in assets[1].iterdir())
+    first = train(*SHORT, f"--cache_dir={tmp_path / 'kept'}", output="first")
+    assert not shards(first.output)
+    assert "found" not in capsys.readouterr().out
+    encodings.clear()
+    files = shards(tmp_path / "kept")
+    second = train(*SHORT, f"--cache_dir={tmp_path / 'kept'}", output="second")
+    assert encodings == []
+    assert shards(tmp_path / "kept") == files
+    (folder,) = (tmp_path / "kept").glob("encoded-*")
+    printed = capsys.readouterr().out
+    assert f"Encoded pictures: found 1 of 1 shards in {folder}" in printed
+    assert f"Encoded captions: found 1 of 1 shards in {folder}" in printed
+    assert_same_state(first.output / "checkpoint-2", second.output / "checkpoint-2")
+    assert sorted(path.name for path in assets[1].iterdir()) == before
+
+
+@pytest.mark.parametrize("survivors", [0, 1])
+def test_killed_while_encoding_it_goes_on(train, tmp_path, encodings, monkeypatch, survivors):
+    """The process ends in the second batch of a shard, and only whole shards are taken from what it leaves."""
+    whole = train(*SHORT, output="whole")
+    monkeypatch.setattr(sd_config, "SHARD_ROWS", 8)
+    child = multiprocessing.get_context("fork").Process(target=killed_in_shard, args=(train, survivors, monkeypatch))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 9
+    left = shards(tmp_path / "killed")
+    assert sum(path.suffix == ".arrow" for path in left) == survivors
+    assert len(left) == survivors + 1, "the shard that was being written has a temporary file"
+
+    encodings.clear()
+    went_on = train(*SHORT, output="killed")
+    assert sum(encodings) == (14 - 8 * survivors) * 2
+    after = shards(tmp_path / "killed")
+    assert {path.suffix for path in after} == {".arrow"}
+    assert all(after[path] == time for path, time in left.items() if path.suffix == ".arrow")
+    assert_same_state(whole.output / "checkpoint-2", went_on.output / "checkpoint-2")
+
+
+def killed_in_shard(train, survivors, monkeypatch):
+    """Train, and end this process without a word in the second batch after so many shards."""
+    original, batches = trainer.encode_pictures, []
+
+    def encode_pictures(vae, pixel_values):
+        if len(batches) == 2 * survivors + 1:
+            os._exit(9)
+        batches.append(pixel_values)
+        return original(vae, pixel_values)
+
+    monkeypatch.setattr(trainer, "encode_pictures", encode_pictures)
+    train(*SHORT, output="killed")
+
+
+def test_a_shard_that_cannot_be_read_is_made_again(train, tmp_path, encodings):
+    whole = train(*SHORT, output="run")
+    for path in shards(tmp_path / "run"):
+        path.write_bytes(path.read_bytes()[:-5000])
+    encodings.clear()
+    again = train(*SHORT, "--overwrite_output_dir", output="run")
+    assert sum(encodings) == 14 * 2
+    assert learned(whole) == learned(again)
+
+
+def change_captions(folder):
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace("a ginger cat", "a grumpy cat"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--resolution=128", "--image_interpolation_mode=nearest", "--max_train_samples=13", "unflipped", "bf16", "vae"],
+)
+def test_what_depends_on_something_else_is_encoded_anew(train, assets, tmp_path, encodings, change):
+    """And left alone by runs for which it is still good."""
+    flags, options = [f"--cache_dir={tmp_path / 'kept'}"], {}
+    train(*SHORT, *flags, output="first")
+    files = shards(tmp_path / "kept")
+    encodings.clear()
+    short = SHORT
+    if change.startswith("--"):
+        flags.append(change)
+    elif change == "unflipped":
+        short = tuple(flag for flag in SHORT if flag != "--random_flip")
+    elif change == "bf16":
+        flags.append("--mixed_precision=bf16")
+    else:
+        options["model"] = shutil.copytree(assets[0], tmp_path / "model")
+        file = options["model"] / "vae/diffusion_pytorch_model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-2] ^= 1
+        file.write_bytes(content)
+    train(*short, *flags, output="second", **options)
+    assert encodings
+    assert files.items() < shards(tmp_path / "kept").items()
+
+
+def test_other_captions_are_other_rows(train, assets, tmp_path, encodings):
+    photos = shutil.copytree(assets[1], tmp_path / "photos")
+    flags = (*SHORT, f"--cache_dir={tmp_path / 'kept'}")
+    train(*flags, output="first", data=photos)
+    change_captions(photos)
+    train(*flags, output="second", data=photos)
+    assert sum(encodings) == 2 * 14 * 2
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(train, assets, tmp_path, capsys):
+    photos = shutil.copytree(assets[1], tmp_path / "photos")
+    (photos / "chelsea.jpg").write_bytes((photos / "chelsea.jpg").read_bytes()[:1000])
+    with pytest.raises(SystemExit) as end:
+        train(*SHORT, data=photos)
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "chelsea.jpg" in printed
+    assert "--skip_bad_rows" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_full_disk_is_said_to_be_one(train, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "encode_pictures", fail)
+    with pytest.raises(SystemExit):
+        train(*SHORT)
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed
+    assert "Traceback" not in printed

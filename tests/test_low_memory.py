@@ -1,0 +1,125 @@
+"""--low_memory: half of the weights' bits, a quarter of the moments', and still every update counts."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import EMAModel
+
+import sd_config
+from conftest import assert_same_state, learned, trainer, weights
+
+FLAGS = (
+    "--low_memory",
+    "--train_batch_size=2",
+    "--gradient_accumulation_steps=2",
+    "--center_crop",
+    "--random_flip",
+    "--use_ema",
+    "--max_train_steps=6",
+    "--checkpointing_steps=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """torchao compiles its optimizer for every shape of a tensor, which takes many minutes on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def test_what_it_keeps_and_where(train, assets):
+    run = train(*FLAGS, "--validation_prompts=a cat")
+    parameters = list(run.run.unet.parameters())
+    large = [p.numel() >= 4096 and p.numel() % 256 == 0 for p in parameters]
+    assert [p.dtype for p in parameters] == [torch.bfloat16 if is_large else torch.float32 for is_large in large]
+    assert sum(p.numel() for p, is_large in zip(parameters, large, strict=True) if is_large) > 0.9 * sum(
+        p.numel() for p in parameters
+    )
+    for parameter, is_large in zip(parameters, large, strict=True):
+        moments = run.run.optimizer.state[parameter]
+        kept = {type(moments["exp_avg"]).__name__, type(moments["exp_avg_sq"]).__name__}
+        assert kept == ({"OptimState8bit"} if is_large else {"Parameter"} if not kept - {"Parameter"} else {"Tensor"})
+    assert {average.dtype for average in run.run.ema.shadow_params} == {torch.float32}
+    assert run.run.unet.is_gradient_checkpointing
+    assert run.run.args.mixed_precision == "bf16"
+    assert {tensor.dtype for tensor in weights(run.output / "unet").values()} == {torch.float32}
+    raw = weights(run.output / "unet", "diffusion_pytorch_model.non_ema.safetensors")
+    assert all(torch.equal(raw[name], value) for name, value in run.run.unet.state_dict().items())
+    StableDiffusionPipeline.from_pretrained(run.output)
+
+
+def test_resuming_is_bit_identical(train):
+    """Although weights are rounded at random: the draws depend on seed and step alone."""
+    whole = train(*FLAGS, output="whole")
+    for step in (2, 4):
+        torch.manual_seed(step)
+        resumed = train(
+            *FLAGS, f"--resume_from_checkpoint={whole.output / f'checkpoint-{step}'}", output=f"from-{step}"
+        )
+        assert_same_state(whole.output / "checkpoint-6", resumed.output / "checkpoint-6")
+        assert learned(resumed) == {at: values for at, values in learned(whole).items() if at > step}
+
+
+def test_updates_too_small_for_bf16_add_up(train, assets):
+    """A weight near 0.1 has neighbours 5e-4 away, and the whole run moves it by 1e-4: rounding to nearest would not."""
+    flags = (*FLAGS, "--learning_rate=1e-5", "--max_train_steps=10", "--checkpointing_steps=10")
+    low = train(*flags, output="low")
+    full = train(*flags[1:], output="full")
+    start = weights(assets[0] / "unet")
+    one, other = (weights(run.output / "checkpoint-10/unet") for run in (low, full))
+    ways = [torch.cat([(w[name].double() - start[name]).flatten() for name in start]) for w in (one, other)]
+    rounding = torch.cat([(start[name].bfloat16().double() - start[name]).flatten() for name in start])
+    # Rounding is noise of no preferred direction: along the way that float32 goes, it must come as far.
+    progress = (ways[0] - rounding) @ ways[1] / ways[1].square().sum()
+    assert 0.8 < progress < 1.2
+
+
+@pytest.mark.parametrize(("foreach", "dtype"), [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)])
+def test_the_average_moves_in_float32(foreach, dtype):
+    """As diffusers moves it, but on the host for weights of any precision."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(30, 20)
+    one, other = EMAModel(layer.parameters(), foreach=foreach), EMAModel(layer.parameters())
+    for _ in range(50):
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        seen = torch.nn.Linear(30, 20)
+        seen.load_state_dict(layer.state_dict())
+        seen = seen.to(dtype)
+        trainer.update_average(one, seen)
+        other.step([parameter.float() for parameter in seen.parameters()])
+        for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_norm_of_the_gradients_is_exact(train, monkeypatch):
+    """In bf16 it would be one of a few hundred numbers, and a sum of squares in bf16 would be wrong."""
+    clip, seen = trainer.clip_gradients, []
+
+    def clip_gradients(run):
+        exact = sum(p.grad.double().square().sum() for p in run.unet.parameters()).sqrt().item()
+        norm = clip(run)
+        clipped = sum(p.grad.double().square().sum() for p in run.unet.parameters()).sqrt().item()
+        seen.append((norm.item(), exact, clipped))
+        return norm
+
+    monkeypatch.setattr(trainer, "clip_gradients", clip_gradients)
+    train(*FLAGS, "--max_train_steps=2", "--max_grad_norm=0.01")
+    for norm, exact, clipped in seen:
+        assert norm == pytest.approx(exact, rel=1e-5)
+        assert clipped == pytest.approx(0.01, rel=1e-2)
+    assert len(seen) == 2
+
+
+def test_the_plan_counts_what_it_takes(capsys):
+    args = sd_config.parse_args(["--low_memory", "--use_ema"])
+    plan = sd_config.Plan(args, rows=10, processes=1, parameters=10**9)
+    assert plan.memory == {
+        "weights": 2 * 10**9,
+        "gradients": 2 * 10**9,
+        "optimizer state": 2 * 10**9,
+        "EMA (host)": 4 * 10**9,
+    }
+    assert plan.checkpoint_bytes == 8 * 10**9
+    assert plan.export_bytes == 6 * 10**9 + sd_config.FROZEN_BYTES

@@ -1,0 +1,145 @@
+"""However a step is cut into micro-batches, and whatever runs out of memory meanwhile, the training is the same."""
+
+import pytest
+import torch
+
+import sd_config
+from conftest import assert_same_state, difference, trainer, weights
+
+# Steps of four samples, in the tutorial's own way: one at a time.
+FLAGS = (
+    "--train_batch_size=1",
+    "--gradient_accumulation_steps=4",
+    "--use_ema",
+    "--random_flip",
+    "--snr_gamma=5",
+    "--learning_rate=1e-4",
+    "--max_train_steps=10",
+    "--checkpointing_steps=5",
+)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The size of every micro-batch, as they come. `fails` says which of them are too large for memory, and when."""
+    sizes, original = [], trainer.diffusion_loss
+
+    def diffusion_loss(run, micro_batch):
+        size = len(micro_batch["timesteps"])
+        sizes.append((run.step, size))
+        loss = original(run, micro_batch)
+        if diffusion_loss.fails(run.step, size, [each for step, each in sizes if step == run.step].count(size)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    diffusion_loss.fails = lambda step, size, count: False
+    diffusion_loss.sizes = sizes
+    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    return diffusion_loss
+
+
+def assert_trains_alike(run, plain, start):
+    for part in ("unet", "unet_ema"):
+        one, other = (weights(each.output / "checkpoint-10" / part) for each in (run, plain))
+        assert difference(one, other, start) <= 1e-4
+
+
+def test_micro_batches_of_any_size_train_the_same(train, assets, batches):
+    plain = train(*FLAGS, output="plain")
+    assert set(batches.sizes) == {(step, 1) for step in range(10)}
+    for size, expected in ((2, 2), (4, 4), ("auto", 4)):
+        batches.sizes.clear()
+        run = train(*FLAGS, f"--micro_batch_size={size}", output=f"by-{size}")
+        assert batches.sizes == [(step, expected) for step in range(10) for _ in range(4 // expected)]
+        assert_trains_alike(run, plain, weights(assets[0] / "unet"))
+        assert sd_config.read_state(run.output / "checkpoint-10")["micro_batch_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("fails", "found"),
+    [
+        (lambda step, size, count: size == 4, 2),
+        (lambda step, size, count: size > 1, 1),
+        (lambda step, size, count: step == 6 and size == 4, 2),
+        (lambda step, size, count: (step >= 3 and size > 1 and count == 2) or (step >= 3 and size == 4), 1),
+    ],
+    ids=["first", "first-twice", "later", "later-halfway"],
+)
+def test_out_of_memory_leads_to_the_same_result(train, assets, batches, capsys, fails, found):
+    """Also if it happens when some of a step's micro-batches have already left their gradients."""
+    plain = train(*FLAGS, output="plain")
+    batches.fails = fails
+    run = train(*FLAGS, "--micro_batch_size=auto", output="auto")
+    assert_trains_alike(run, plain, weights(assets[0] / "unet"))
+    assert batches.sizes[-1] == (9, found)
+    printed = capsys.readouterr().out
+    assert f"note: out of memory; micro-batches of {found} instead of {2 * found} from here on" in printed
+    assert sd_config.read_state(run.output / "checkpoint-10")["micro_batch_size"] == found
+    batches.sizes.clear()
+    resumed = [f"--resume_from_checkpoint={run.output / 'checkpoint-5'}", "--micro_batch_size=auto"]
+    saved = sd_config.read_state(run.output / "checkpoint-5")["micro_batch_size"]
+    batches.fails = lambda step, size, count: False
+    again = train(*FLAGS, *resumed, output="again")
+    assert {size for _, size in batches.sizes} == {saved}
+    if saved == found:
+        assert_same_state(again.output / "checkpoint-10", run.output / "checkpoint-10")
+
+
+def test_each_size_divides_the_step(train, batches):
+    """Twelve samples: 12, 6, 3, 1."""
+    batches.fails = lambda step, size, count: size > 1
+    train("--train_batch_size=12", "--max_train_steps=1", "--micro_batch_size=auto")
+    assert [size for _, size in batches.sizes] == [12, 6, 3] + 12 * [1]
+
+
+@pytest.mark.parametrize("flags", [("--micro_batch_size=2",), ("--micro_batch_size=auto",), ()])
+def test_out_of_memory_for_good_is_an_error(train, batches, flags, capsys):
+    """With a size that was asked for, or where not even one sample fits."""
+    batches.fails = lambda step, size, count: step == 1
+    with pytest.raises(SystemExit) as end:
+        train(*FLAGS, *flags, "--checkpointing_steps=1")
+    assert end.value.code == 1
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_another_error_is_not_taken_for_it(train, batches, capsys):
+    def fails(step, size, count):
+        if step == 1:
+            raise RuntimeError("something else")
+
+    batches.fails = fails
+    with pytest.raises(SystemExit):
+        train(*FLAGS, "--micro_batch_size=auto")
+    assert {size for _, size in batches.sizes} == {4}
+    assert "something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_8bit_adam",)])
+def test_moments_are_allocated_without_changing_anything(train, flags):
+    """Several processes need them before they agree on a size; with no epsilon, which would make 0 / 0."""
+    seen = []
+    original = trainer.train_step
+
+    def train_step(run, batch):
+        before = [parameter.detach().clone() for parameter in run.unet.parameters()]
+        (group,) = run.optimizer.param_groups
+        group["eps"] = 0.0
+        trainer.allocate_moments(run)
+        assert group["eps"] == 0
+        group["eps"] = 1e-8
+        assert all(map(torch.equal, before, run.unet.parameters()))
+        assert len(run.optimizer.state) == len(before)
+        assert all(state["step"] == run.step for state in run.optimizer.state.values())
+        assert not any(parameter.grad is not None for parameter in run.unet.parameters())
+        seen.append(run.step)
+        return original(run, batch)
+
+    shared = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-4", *flags)
+    plain = train(*shared, output="plain")
+    trainer.train_step = train_step
+    try:
+        run = train(*shared, output="run")
+    finally:
+        trainer.train_step = original
+    assert seen == [0, 1]
+    assert_same_state(plain.output / "checkpoint-2", run.output / "checkpoint-2")
