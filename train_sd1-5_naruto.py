@@ -1533,8 +1533,9 @@ def finish_saving(run, wait=True):
     if writing and not wait and not writing.done():
         return
     run.saving = None
-    if writing:
-        writing.result()
+    if writing and writing.exception():
+        run.sound = False  # or its rescue would be tried, on the same disk
+        raise writing.exception()
     run.checkpoint, run.saved_step = final, sd_config.number(final)
 
 
@@ -1595,13 +1596,12 @@ def prune_checkpoints(run, step):
 
 
 @contextlib.contextmanager
-def written_whole(run, what, folder, size):
+def written_whole(what, folder, size):
     """Leave nothing behind in `folder` of what cannot be written whole, and say how much room it needs."""
     try:
         yield
     except Exception as error:  # each library has its own for a full disk
         shutil.rmtree(folder, ignore_errors=True)
-        run.sound = False  # or its rescue would be tried
         room = f"{sd_config.gigabytes(size)} needed, {sd_config.gigabytes(shutil.disk_usage(folder.parent).free)} free"
         raise Explained(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
 
@@ -1613,7 +1613,7 @@ def write_checkpoint(run, final, taken):
     disk, and renamed. Only then do older ones go, which are hidden before they are deleted.
     """
     (tensors, state), folder = taken, final.with_name(f".{final.name}")
-    with written_whole(run, final, folder, run.plan.checkpoint_bytes):
+    with written_whole(final, folder, run.plan.checkpoint_bytes):
         shutil.rmtree(folder, ignore_errors=True)
         for part in tensors.keys() - {"optimizer.pt"}:
             unet_holding(run, tensors[part]).save_pretrained(folder / part)
@@ -1675,7 +1675,7 @@ def export(run):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         staging = output / ".export"
-        with written_whole(run, f"the pipeline in {output}", staging, run.plan.export_bytes):
+        with written_whole(f"the pipeline in {output}", staging, run.plan.export_bytes):
             shutil.rmtree(staging, ignore_errors=True)
             infer.set_prediction_type(run.pipeline, run.prediction_type)
             if run.ema:

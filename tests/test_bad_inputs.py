@@ -549,11 +549,11 @@ def stages(monkeypatch):
         met, seconds, parse_args = ["flags"], [], sd_config.parse_args
 
         def parse(argv):
-            start = time.perf_counter()
+            start = time.process_time()  # a busy machine is not its fault
             try:
                 args = parse_args(argv)
             finally:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             met.append("before weights")
             return args
 
