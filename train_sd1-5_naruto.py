@@ -389,10 +389,9 @@ class SampleStream(torch.utils.data.Dataset):
     use is drawn all the same, or comes last, so that switching one thing on changes nothing else.
     """
 
-    def __init__(self, rows, tokenizer, args, seed, latent_channels, latent_size, num_train_timesteps):
+    def __init__(self, rows, tokenizer, args, seed, latent_shape, num_train_timesteps):
         self.rows, self.tokenizer, self.args, self.seed = rows, tokenizer, args, seed
-        self.latent_shape = (latent_channels, latent_size, latent_size)
-        self.num_train_timesteps = num_train_timesteps
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
         self.encoded = None  # Encoded, where pictures and captions are encoded only once
 
     def __getitem__(self, position):
@@ -674,19 +673,17 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
         copy.deepcopy(part).requires_grad_(False).eval().to(accelerator.device, dtype)
         for part in (pipeline.vae, pipeline.text_encoder)
     )
-    stream = SampleStream(
-        rows,
-        copy.deepcopy(pipeline.tokenizer),  # it remembers how it was used, and is exported untouched
-        args,
-        seed,
-        latent_channels=vae.config.latent_channels,
-        latent_size=args.resolution // pipeline.vae_scale_factor,
-        num_train_timesteps=len(noise_scheduler.alphas_cumprod),
-    )
+    # A copy of the tokenizer: it remembers how it was used, and is exported untouched.
+    latent_shape = vae.config.latent_channels, *2 * [args.resolution // pipeline.vae_scale_factor]
+    timesteps = len(noise_scheduler.alphas_cumprod)
+    stream = SampleStream(rows, copy.deepcopy(pipeline.tokenizer), args, seed, latent_shape, timesteps)
     if plan.encoded:
         stream.encoded = encode_rows(stream, plan, vae, text_encoder, accelerator)
         vae, text_encoder = vae.to("cpu"), text_encoder.to("cpu")
 
+    if accelerator.mixed_precision != "no":
+        for unet in (pipeline.unet, ema_unet):  # tensor cores take the channels of a convolution last
+            unet.to(memory_format=torch.channels_last)
     ema = EMAModel(ema_unet.parameters(), foreach=not args.low_memory) if args.use_ema else None
     if ema and not args.low_memory:
         ema.to(accelerator.device)
@@ -742,8 +739,6 @@ def prepare_unet(unet, args, accelerator):
             # torchao keeps 8-bit moments of such tensors only; those of others have the precision of the weights.
             if parameter.numel() >= 4096 and parameter.numel() % 256 == 0:
                 parameter.data = parameter.data.bfloat16()
-    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
-        unet.to(memory_format=torch.channels_last)  # what tensor cores take convolutions in
     return unet.to(accelerator.device)
 
 
@@ -1516,7 +1511,7 @@ def save_checkpoint(run):
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         room = free_memory()
-        behind = run.plan.checkpoint_bytes < 0.9 * room
+        behind = run.plan.checkpoint_bytes < 0.75 * room  # to write it takes some as well
         writing = run.saver.submit(write_checkpoint, run, final, snapshot(run, copied=behind))
         if not behind:
             print(f"note: {sd_config.gigabytes(room)} of memory are free, too few to save while training goes on")

@@ -219,6 +219,8 @@ loss, load_run, seal, calls = trainer.diffusion_loss, trainer.load_run, trainer.
 def in_step(run, micro_batch):
     calls.append(run.step)
     last = run.accelerator.process_index == run.accelerator.num_processes - 1
+    if last:
+        {in_pass}
     if last and run.step == {step} - 1 and calls.count(run.step) == 2:
         {in_step}
     return loss(run, micro_batch)
@@ -242,11 +244,12 @@ SIGNAL = "os.kill(os.getpid(), signal.{})"
 def start(assets, tmp_path):
     """A function that runs the trainer as processes of their own, and returns the exit code and what was printed.
 
-    Python code stands for a fault: within a step of the last process, in the save after it, or before loading.
+    Python code stands for a fault: within a step of the last process, in the save after it, in every pass that this
+    process makes, or before loading.
     """
 
     def run(*flags, output="run", processes=1, step=4, **faults):
-        script, none = tmp_path / "faulty.py", dict.fromkeys(("in_step", "in_save", "before_load"), "pass")
+        script, none = tmp_path / "faulty.py", dict.fromkeys(("in_step", "in_pass", "in_save", "before_load"), "pass")
         script.write_text(FAULTY.format_map(none | faults | {"root": str(ROOT), "step": step}))
         folders = {"pretrained_model_name_or_path": assets[0], "train_data_dir": assets[1]}
         folders["output_dir"] = tmp_path / output
@@ -673,6 +676,30 @@ def test_an_error_in_one_process_ends_all(pair):
     assert "RuntimeError: unexpected" in printed
     explains(printed, output, 5)
     assert steps(output) == [3, 4, 5]
+
+
+OUT_OF_MEMORY = "raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.')"
+
+
+def test_two_processes_agree_on_a_micro_batch(start, assets, tmp_path):
+    """Four samples each, of which one process has room for two; what runs out of memory later is an error."""
+    flags = ("--train_batch_size=4", "--gradient_accumulation_steps=1", "--max_train_steps=10", "--learning_rate=3e-4")
+    small = f"if len(micro_batch['timesteps']) > 2: {OUT_OF_MEMORY}"
+    code, printed = start(*flags, "--micro_batch_size=auto", processes=2, in_pass=small)
+    assert code == 0, printed
+    flags = ("--train_batch_size=8", *flags[1:])
+    code, printed = start(*flags, output="one")
+    assert code == 0, printed
+    begin, folders = weights(assets[0] / "unet"), [tmp_path / output / "checkpoint-10" for output in ("run", "one")]
+    assert [sd_config.read_state(folder)["micro_batch_size"] for folder in folders] == [2, 8]
+    for part in ("unet", "unet_ema"):
+        assert difference(*(weights(folder / part) for folder in folders), begin) <= 1e-4
+
+    small = f"if run.step == 2: {OUT_OF_MEMORY}"
+    code, printed = start(*PAIR, "--micro_batch_size=auto", output="later", processes=2, in_pass=small)
+    assert code != 0
+    assert "CUDA out of memory" in printed
+    explains(printed, tmp_path / "later", 2)
 
 
 def test_one_process_two_and_one_again(whole, pair, train, assets):

@@ -63,7 +63,7 @@ def test_ten_steps_agree_with_the_textbook(train, assets, variant):
         table, fingerprint="", bad={}, kept=list(range(len(table))), captions=[[text] for text in table["text"]]
     )
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    stream = trainer.SampleStream(rows, tokenizer, args, 7, 4, 8, 1000)
+    stream = trainer.SampleStream(rows, tokenizer, args, 7, (4, 8, 8), 1000)
     trained, average = oracle.train(model, stream, batch=BATCH, steps=STEPS, **{"rate": constant} | options)
 
     start = weights(model / "unet")

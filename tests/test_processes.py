@@ -78,6 +78,7 @@ FLAGS = (
     "--report_to=none",
     "--validation_prompts",
     "--seed=7",
+    "--center_crop",
     "--random_flip",
     "--use_ema",
     "--snr_gamma=5",
@@ -89,17 +90,19 @@ FLAGS = (
 
 
 def test_two_processes_train_what_one_trains(here, assets):
-    """With epochs instead of steps, where the rate used to fall too slowly on several processes."""
+    """With epochs instead of steps, where the rate used to fall too slowly; and with pictures encoded once for both."""
     one = [
         "train_sd1-5_naruto.py",
         *FLAGS,
         "--train_batch_size=4",
         "--gradient_accumulation_steps=2",
+        "--cache_latents=off",
         "--output_dir=one",
     ]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py", *FLAGS]
     two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
     printed = [start(one, here), start(two, here, ACCELERATE_USE_CPU="true")]
+    assert len(re.findall("Encoding pictures from 0 of 14: +0%", printed[1])) == 1
     plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
     assert plans == [("8", "8", "1"), ("8", "4", "2")]
     begin = weights(assets[0] / "unet")

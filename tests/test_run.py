@@ -18,7 +18,7 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 from transformers import CLIPTextModel
 
 import infer
-from conftest import assert_same, learned, trainer, weights
+from conftest import assert_same, assert_same_state, learned, trainer, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-3")
 PROMPTS = ("--validation_prompts", "a cat", "a rocket")
@@ -309,6 +309,20 @@ def test_validation_runs_in_the_precision_of_the_run(train, monkeypatch, precisi
     train(*SHORT, f"--mixed_precision={precision}", "--validation_prompts=a cat")
     half = precision == "bf16"
     assert seen == [(half, torch.bfloat16 if half else torch.float32, None)]
+
+
+def test_in_mixed_precision_all_that_belongs_to_a_weight_lies_in_memory_as_it_does(train):
+    """Channels last, for tensor cores: with another order, no pass over all of them could be one kernel."""
+    flags = (*SHORT, "--mixed_precision=bf16", "--use_ema", "--checkpointing_steps=1")
+    whole = train(*flags, output="whole")
+    again = train(*flags, "--resume_from_checkpoint", whole.output / "checkpoint-1", output="again")
+    for run in (whole.run, again.run):
+        weights = list(run.unet.parameters())
+        assert any(not weight.is_contiguous() for weight in weights)
+        moments = run.optimizer.state_dict()["state"].values()
+        for weight, average, state in zip(weights, run.ema.shadow_params, moments, strict=True):
+            assert {tensor.stride() for tensor in (average, state["exp_avg"], state["exp_avg_sq"])} == {weight.stride()}
+    assert_same_state(whole.output / "checkpoint-2", again.output / "checkpoint-2")
 
 
 # -- metrics and trackers ------------------------------------------------------------------------------------------
