@@ -696,9 +696,8 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     nonfinite, fused = torch.zeros((), device=accelerator.device), optimizer.defaults.get("fused")
     if fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
         optimizer.found_inf = nonfinite
-    network, optimizer = accelerator.prepare(unet, optimizer)
-    if args.torch_compile:
-        network = torch.compile(network, fullgraph=True, dynamic=False)
+    network = torch.compile(unet, fullgraph=True, dynamic=False) if args.torch_compile else unet
+    network, optimizer = accelerator.prepare(network, optimizer)
     auto = args.micro_batch_size == "auto"
     return Run(
         args=args,

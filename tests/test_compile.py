@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from conftest import difference, learned, trainer, weights
+from conftest import ROOT, difference, learned, trainer, weights
+from test_processes import start
 
 # Ten steps, at a rate at which the rounding of float32 weights is little of the way that they go.
 FLAGS = (
@@ -39,8 +40,8 @@ def shallow(assets, tmp_path):
     return model
 
 
-def test_compiled_and_plain_runs_are_the_same_and_go_on_from_each_other(train, shallow, monkeypatch):
-    start = weights(shallow / "unet")
+def test_compiled_and_plain_runs_are_the_same_and_go_on_from_each_other(train, shallow, assets, tmp_path, monkeypatch):
+    begin = weights(shallow / "unet")
     plain = train(*FLAGS, output="plain", model=shallow)
     monkeypatch.setattr(trainer, "VALIDATION_STEPS", 2)
     compiled = train(*FLAGS, "--torch_compile", "--validation_prompts=a cat", output="compiled", model=shallow)
@@ -52,8 +53,12 @@ def test_compiled_and_plain_runs_are_the_same_and_go_on_from_each_other(train, s
     halfway = {run.output.name: f"--resume_from_checkpoint={run.output / 'checkpoint-6'}" for run in (plain, compiled)}
     onwards = train(*FLAGS, halfway["compiled"], output="onwards", model=shallow)
     faster = train(*FLAGS, "--torch_compile", halfway["plain"], output="faster", model=shallow)
-    for run in (compiled, onwards, faster):
+    shared = [f"--pretrained_model_name_or_path={shallow}", f"--train_data_dir={assets[1]}", "--output_dir=two"]
+    shared += ["--resolution=64", "--report_to=none", "--lr_warmup_steps=0", "--validation_prompts", "--seed=7", *FLAGS]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train_sd1-5_naruto.py")]
+    start([*two, *shared, "--train_batch_size=1", "--torch_compile"], tmp_path, ACCELERATE_USE_CPU="true")
+    for output in (compiled.output, onwards.output, faster.output, tmp_path / "two"):
         for part in ("unet", "unet_ema"):
-            one, other = (weights(each.output / "checkpoint-10" / part) for each in (run, plain))
+            one, other = (weights(folder / "checkpoint-10" / part) for folder in (output, plain.output))
             assert one.keys() == other.keys()
-            assert difference(one, other, start) <= 1e-4
+            assert difference(one, other, begin) <= 1e-4
