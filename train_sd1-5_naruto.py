@@ -40,8 +40,9 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -54,7 +55,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -73,6 +74,8 @@ EXPERIMENT_NAME = "SD1-5_火影忍者"
 LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
 VALIDATION_STEPS = 20  # denoising steps of a validation picture
 GUIDANCE_SCALE = 7.5
+# What PyTorch's allocator, CUDA's driver, Triton, cuBLAS, cuDNN and a CPU say, each in its own words.
+OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
 MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen from 2^16 to 2^-14
 
 
@@ -111,6 +114,7 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
     # The captions are tokenised here once before loader workers fork, which tokenizers would warn about.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler thinks of diffusers' code
 
 
 def create_accelerator(args):
@@ -554,7 +558,8 @@ def encode_rows(stream, plan, vae, text_encoder, accelerator):
     folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
     def encode_views(indices):  # mirrored before they are encoded: the latents of a mirrored picture are not mirrored
-        views = [stream.load_pixels(index, flipped) for index in indices for flipped in range(plan.views)]
+        pictures = [stream.load_pixels(index, flipped=False) for index in indices]
+        views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
         return encode_pictures(vae, torch.stack(views).to(vae.device))
 
     def encode_texts(numbers):
@@ -651,7 +656,8 @@ class Run:
     optimizer_asks: bool  # whether the optimizer itself looks at that, so that the host need not
     micro_batch_size: int
     micro_batch_fixed: bool  # if not, it is halved when memory runs out
-    saver: ThreadPoolExecutor  # one thread
+    threads: ThreadPoolExecutor  # one to write a checkpoint, one to move an average in the host's memory
+    averaging: Future | None = None  # the average's last update, there
     saving: tuple | None = None  # the checkpoint being written and, on the process that writes it, its Future
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
@@ -719,7 +725,7 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
         optimizer_asks=bool(fused or accelerator.scaler),
         micro_batch_size=plan.batch_per_process if auto else args.micro_batch_size,
         micro_batch_fixed=not auto,
-        saver=ThreadPoolExecutor(max_workers=1),
+        threads=ThreadPoolExecutor(max_workers=2),
     )
 
 
@@ -810,10 +816,12 @@ def restore(run, saved):
     """Bring the run to where a checkpoint was saved; its UNets were loaded with the models."""
     folder = run.args.resume_from_checkpoint
     # Only the moments: flags such as --adam_weight_decay are this run's own.
-    # torch.load knows no cpu:0, which is what the processes of a CPU run have.
-    location = "cpu" if run.accelerator.device.type == "cpu" else run.accelerator.device
-    kwargs = {"map_location": location, "weights_only": True}
+    kwargs = {"map_location": "cpu", "weights_only": True}
     moments = infer.load(torch.load, "--resume_from_checkpoint", folder / "optimizer.pt", **kwargs)
+    for weight, state in zip(run.unet.parameters(), moments.values(), strict=True):
+        for name, moment in state.items():  # in another precision they may have lain in memory in another order
+            if type(moment) is torch.Tensor and moment.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=moment.dtype, device="cpu").copy_(moment)
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": moments})
     if run.ema:
         run.ema.optimization_step = saved["ema_step"]
@@ -1089,7 +1097,7 @@ def rescue(run):
 
 
 def train_step(run, batch):
-    """Do one optimizer step, without making the host wait for the device (but for one number under fp16).
+    """Do one optimizer step, without making the host wait (but for one number under fp16 and with 8-bit moments).
 
     Args:
         batch (dict[str, torch.Tensor]): this process's samples of the step, on the host.
@@ -1121,7 +1129,7 @@ def train_step(run, batch):
         metrics["skipped"] = float(run.loss_scale < scale)
         run.skipped = run.skipped + 1 if metrics["skipped"] else 0
     if run.ema and not metrics.get("skipped"):
-        update_average(run.ema, run.unet)
+        update_average(run)
     run.step, run.sound = run.step + 1, True
     if run.skipped == MAX_SKIPPED_STEPS:
         where = describe_step(run, run.step, loss.item(), gradient_norm.item())
@@ -1156,7 +1164,7 @@ def add_gradients(run, batch, *, alone=False):
                 losses.append(loss.detach())
         return torch.stack(losses).mean()
     except RuntimeError as error:
-        if run.micro_batch_fixed or size == 1 or not should_reduce_batch_size(error):
+        if run.micro_batch_fixed or size == 1 or not OUT_OF_MEMORY.search(str(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the activations
     run.micro_batch_size = next(n for n in range(size // 2, 0, -1) if run.plan.batch_per_process % n == 0)
@@ -1189,7 +1197,7 @@ def allocate_moments(run):
     if optimizer.state:  # it was restored
         return
     (group,) = optimizer.param_groups
-    epsilon, group["eps"] = group["eps"], 1.0  # with none, 0 / 0
+    epsilon, group["eps"] = group["eps"], group["eps"] or 1.0  # with none, 0 / 0
     set_learning_rate(optimizer, 0.0)
     for parameter in run.unet.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -1212,18 +1220,39 @@ def clip_gradients(run):
 
 
 @torch.no_grad()
-def update_average(ema, unet):
-    """Move the moving average towards the weights; tensor by tensor, where it is in the host's memory.
+def update_average(run):
+    """Move the moving average towards the weights; in a thread of its own, where it is in the host's memory.
 
     In place of `EMAModel.step`, which takes two passes over memory, and as much of it again as the average itself.
     """
+    ema, weights = run.ema, list(run.unet.parameters())
     ema.optimization_step += 1
     decay = ema.get_decay(ema.optimization_step)
-    if ema.foreach:
-        get_ema_multi_avg_fn(decay)(ema.shadow_params, list(unet.parameters()), None)
+    if not run.args.low_memory:
+        get_ema_multi_avg_fn(decay)(ema.shadow_params, weights, None)
         return
-    for average, parameter in zip(ema.shadow_params, unet.parameters(), strict=True):
-        average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
+    averages, arrived = settled_average(run), None
+    copies = copied_to_host(dict(enumerate(weights))).values()
+    if run.accelerator.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record()
+    run.averaging = run.threads.submit(average_on_host, averages, copies, 1 - decay, arrived)
+
+
+@torch.no_grad()
+def average_on_host(averages, weights, weight, arrived):
+    """Move averages towards weights, once their copies have `arrived` from the device."""
+    if arrived:
+        arrived.synchronize()
+    for average, copied in zip(averages, weights, strict=True):
+        average.lerp_(copied.float(), weight)
+
+
+def settled_average(run):
+    """Return the averaged weights as a list, once the thread that may still be at work on them is done."""
+    if run.averaging:
+        run.averaging.result()
+    return run.ema.shadow_params
 
 
 def set_learning_rate(optimizer, value):
@@ -1427,6 +1456,7 @@ def drawing(run):
         part.to(run.accelerator.device)
     run.sound = False
     if run.ema:
+        settled_average(run)
         run.ema.store(run.unet.parameters())
         run.ema.copy_to(run.unet.parameters())
     try:
@@ -1510,8 +1540,8 @@ def save_checkpoint(run):
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         room = free_memory()
-        behind = run.plan.checkpoint_bytes < 0.75 * room  # to write it takes some as well
-        writing = run.saver.submit(write_checkpoint, run, final, snapshot(run, copied=behind))
+        behind = run.plan.checkpoint_bytes < 0.7 * room  # pinned memory comes in powers of 2, and writing takes some
+        writing = run.threads.submit(write_checkpoint, run, final, snapshot(run, copied=behind))
         if not behind:
             print(f"note: {sd_config.gigabytes(room)} of memory are free, too few to save while training goes on")
     run.saving = final, writing
@@ -1540,7 +1570,8 @@ def free_memory(group=Path("/sys/fs/cgroup")):
         cached = re.search(r"^file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used + int(cached[1]))
-    return free
+    pinned = torch.cuda.host_memory_stats()  # PyTorch keeps what the last copies have left
+    return free + pinned.get("allocated_bytes.current", 0) - pinned.get("active_bytes.current", 0)
 
 
 def snapshot(run, copied):
@@ -1560,7 +1591,7 @@ def snapshot(run, copied):
 
 def average_of(run):
     """Return the averaged weights by their names."""
-    return dict(zip(dict(run.unet.named_parameters()), run.ema.shadow_params, strict=True))
+    return dict(zip(dict(run.unet.named_parameters()), settled_average(run), strict=True))
 
 
 def copied_to_host(value):
@@ -1621,7 +1652,7 @@ def write_checkpoint(run, final, taken):
 
 
 def unet_holding(run, tensors):
-    """Return another UNet of the same kind, with `tensors` for its weights, of which it makes no copy."""
+    """Return another UNet of the same kind, with `tensors` themselves for its weights."""
     unet = hollow_unet(run.unet.config)
     unet.load_state_dict(tensors, assign=True)
     return unet

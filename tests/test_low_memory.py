@@ -1,12 +1,16 @@
 """--low_memory: half of the weights' bits, a quarter of the moments', and still every update counts."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 
 import sd_config
-from conftest import assert_same_state, learned, trainer, weights
+from conftest import assert_same, assert_same_state, learned, trainer, weights
 
 FLAGS = (
     "--low_memory",
@@ -73,24 +77,44 @@ def test_updates_too_small_for_bf16_add_up(train, assets):
     assert 0.8 < progress < 1.2
 
 
-@pytest.mark.parametrize(("foreach", "dtype"), [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)])
-def test_the_average_moves_in_float32(foreach, dtype):
+@pytest.mark.parametrize(("low", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_the_average_moves_in_float32(low, dtype):
     """As diffusers moves it, but on the host for weights of any precision."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(30, 20)
-    one, other = EMAModel(layer.parameters(), foreach=foreach), EMAModel(layer.parameters())
+    one, other = EMAModel(layer.parameters()), EMAModel(layer.parameters())
+    run = SimpleNamespace(args=SimpleNamespace(low_memory=low), ema=one, averaging=None)
+    run.threads, run.accelerator = ThreadPoolExecutor(1), SimpleNamespace(device=torch.device("cpu"))
     for _ in range(50):
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn_like(parameter))
         seen = torch.nn.Linear(30, 20)
         seen.load_state_dict(layer.state_dict())
-        seen = seen.to(dtype)
-        trainer.update_average(one, seen)
+        run.unet = seen.to(dtype)
+        trainer.update_average(run)
         other.step([parameter.float() for parameter in seen.parameters()])
-        for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
+        for mine, theirs in zip(trainer.settled_average(run), other.shadow_params, strict=True):
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_whatever_reads_the_average_waits_for_it(train, monkeypatch):
+    flags = (*FLAGS, "--max_train_steps=5", "--checkpointing_steps=3", "--validation_prompts=a cat")
+    monkeypatch.setattr(trainer, "VALIDATION_STEPS", 2)
+    quick, move = train(*flags, output="quick"), trainer.average_on_host
+
+    def average_on_host(*args):
+        time.sleep(1)
+        move(*args)
+
+    monkeypatch.setattr(trainer, "average_on_host", average_on_host)
+    slow = train(*flags, output="slow")
+    for name in ("checkpoint-3", "checkpoint-5"):
+        assert_same_state(quick.output / name, slow.output / name)
+    assert_same(weights(quick.output / "unet"), weights(slow.output / "unet"))
+    pictures = [(run.output / "samples/step-4/0-a-cat.png").read_bytes() for run in (quick, slow)]
+    assert pictures[0] == pictures[1]
 
 
 def test_the_norm_of_the_gradients_is_exact(train, monkeypatch):

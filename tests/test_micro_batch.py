@@ -29,11 +29,12 @@ def batches(monkeypatch):
         sizes.append((run.step, size))
         loss = original(run, micro_batch)
         if diffusion_loss.fails(run.step, size, [each for step, each in sizes if step == run.step].count(size)):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise diffusion_loss.error
         return loss
 
     diffusion_loss.fails = lambda step, size, count: False
     diffusion_loss.sizes = sizes
+    diffusion_loss.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
     return diffusion_loss
 
@@ -83,6 +84,23 @@ def test_out_of_memory_leads_to_the_same_result(train, assets, batches, capsys, 
     assert {size for _, size in batches.sizes} == {saved}
     if saved == found:
         assert_same_state(again.output / "checkpoint-10", run.output / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_every_library_runs_out_of_memory_in_its_own_words(train, batches, message):
+    batches.fails, batches.error = lambda step, size, count: size > 1, RuntimeError(message)
+    train("--train_batch_size=2", "--max_train_steps=1", "--micro_batch_size=auto")
+    assert [size for _, size in batches.sizes] == [2, 1, 1]
 
 
 def test_each_size_divides_the_step(train, batches):

@@ -316,9 +316,14 @@ def test_in_mixed_precision_all_that_belongs_to_a_weight_lies_in_memory_as_it_do
     flags = (*SHORT, "--mixed_precision=bf16", "--use_ema", "--checkpointing_steps=1")
     whole = train(*flags, output="whole")
     again = train(*flags, "--resume_from_checkpoint", whole.output / "checkpoint-1", output="again")
-    for run in (whole.run, again.run):
+    plain = train(*flags, "--mixed_precision=no", output="plain").output / "checkpoint-1"
+    other = train(*flags, "--resume_from_checkpoint", plain, output="other")
+    back = train(
+        *flags, "--mixed_precision=no", "--resume_from_checkpoint", whole.output / "checkpoint-1", output="back"
+    )
+    for run in (whole.run, again.run, other.run, back.run):
         weights = list(run.unet.parameters())
-        assert any(not weight.is_contiguous() for weight in weights)
+        assert all(weight.is_contiguous() for weight in weights) == (run is back.run)
         moments = run.optimizer.state_dict()["state"].values()
         for weight, average, state in zip(weights, run.ema.shadow_params, moments, strict=True):
             assert {tensor.stride() for tensor in (average, state["exp_avg"], state["exp_avg_sq"])} == {weight.stride()}

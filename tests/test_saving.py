@@ -95,7 +95,10 @@ def test_free_memory_heeds_a_container(tmp_path, monkeypatch, files, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**15}))
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
-    assert trainer.free_memory(tmp_path) == free or 10**15
+    assert trainer.free_memory(tmp_path) == (free or 10**15)
+    idle = {"allocated_bytes.current": 900, "active_bytes.current": 300}  # of what PyTorch has pinned
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: idle)
+    assert trainer.free_memory(tmp_path) == (free or 10**15) + 600
 
 
 def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, monkeypatch, capsys):

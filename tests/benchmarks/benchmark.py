@@ -211,7 +211,7 @@ class Bench:
         result = self.measure(mode, settings, f"--checkpointing_steps {every} --checkpoints_total_limit 1")
         edges, hosts = (result["report"][key][1:] for key in ("edges", "host_milliseconds"))
         spans = [end[1] - start[1] for start, end in itertools.pairwise(edges)]
-        usual, issuing = statistics.median(spans[::2]), statistics.median(hosts[::2])
+        usual, issuing = spans[0], hosts[0]  # later ones may have a save before them that is still being written
         lost, stopped = [span - usual for span in spans[1::2]], [(host - issuing) / 1000 for host in hosts[1::2]]
         return {"lost_seconds": lost, "stopped_seconds": stopped, "usual_seconds": usual} | result
 
@@ -245,6 +245,7 @@ class Bench:
         shutil.rmtree(kept, ignore_errors=True)
         (folder / f"output/checkpoint-{steps}").rename(kept)
         (folder / "output/logs").rename(kept / "logs")
+        (kept / "optimizer.pt").unlink()  # half of it, and of no use here
         shutil.rmtree(folder)
         return kept
 
@@ -288,7 +289,7 @@ class Bench:
         """Return the script of a mode and its flags."""
         options, flags = self.options, self.flags(mode)
         if mode.script == "ours":
-            flags = f"--validation_prompts --report_to none {flags} {options.extra}"
+            flags = f"--cache_dir {self.work / 'cache'} --validation_prompts --report_to none {flags} {options.extra}"
         if mode.script == "b":  # whole batches only: the rest would be compiled for itself
             flags = f"--max_train_samples {options.pictures // 64 * 64 or options.pictures} {flags}"
         return [
