@@ -208,7 +208,11 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
     group.add_argument("--adam_beta2", type=real(0, 1, below=True), default=0.999, help="Decay of the second moment.")
     group.add_argument("--adam_weight_decay", type=real(0), default=1e-2, help="Decoupled weight decay.")
     group.add_argument("--adam_epsilon", type=real(0), default=1e-8, help="Term added to AdamW's denominator.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (needs torchao).")
+    group.add_argument(
+        "--use_8bit_adam",
+        action="store_true",
+        help="Keep AdamW's moments in 8 bits (needs torchao, which compiles its part of a step at the first one).",
+    )
     group.add_argument(
         "--max_grad_norm",
         type=real(0, above=True, infinite=True),
@@ -269,7 +273,7 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
         "--low_memory",
         action="store_true",
         help="Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in the host's memory, "
-        "gradient checkpointing, --mixed_precision bf16 (needs torchao).",
+        "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao).",
     )
     group.add_argument(
         "--mixed_precision",
@@ -457,6 +461,9 @@ def resolve(args, given, problems, notices):
         flag, value = condition.split()
         if str(getattr(args, flag)) == value and importlib.util.find_spec(package) is None:
             problems.append(f"--{condition.removesuffix(' True')}: {package} is not installed: pip install {package}")
+    compiled = [name for name in ("torch_compile", "use_8bit_adam", "low_memory") if getattr(args, name)]
+    if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        problems.append(f"--{compiled[0]}: needs a C++ compiler, such as g++; name another in the variable CXX")
     if args.dream_training and args.prediction_type == "v_prediction":
         problems.append("--dream_training: defined for epsilon only; leave out --prediction_type v_prediction")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:

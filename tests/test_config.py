@@ -579,6 +579,18 @@ def test_missing_package_is_named_with_its_remedy(accept, refuse, monkeypatch, f
     assert accept(*flags.split())[1] == []
 
 
+@pytest.mark.parametrize("flag", ["--torch_compile", "--use_8bit_adam", "--low_memory"])
+def test_what_is_compiled_needs_a_compiler(accept, refuse, monkeypatch, tmp_path, flag):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert only(refuse(flag)) == f"{flag}: needs a C++ compiler, such as g++; name another in the variable CXX"
+    assert accept()[1] == []
+    other = tmp_path / "compiler"
+    other.touch(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    assert accept(flag)[1] == []
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
