@@ -912,6 +912,7 @@ class Plan:
         return (
             f"  rows             {self.rows}\n"
             f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
+            f"  micro-batches    {self.args.micro_batch_size}\n"
             f"  steps            {self.max_steps} ({self.steps_per_epoch} per epoch, "
             f"{self.max_steps / self.steps_per_epoch:.1f} epochs)\n"
             f"  learning rate    {self.learning_rate:g}\n"
@@ -963,7 +964,7 @@ def compare_runs(saved, plan, now, data):
         batch: (plan.effective_batch, saved["effective_batch"]),
         "fingerprint of the data set": (data, saved["data"]),
         "--max_train_samples": (now["max_train_samples"], before.get("max_train_samples")),
-        "--use_8bit_adam": (now["use_8bit_adam"], before.get("use_8bit_adam")),
+        "--use_8bit_adam (which --low_memory sets)": (now["use_8bit_adam"], before.get("use_8bit_adam")),
     }
     if now["use_ema"]:  # to go on without an average is possible, to start one in the middle is not
         identity["--use_ema"] = (True, before.get("use_ema"))

@@ -922,6 +922,8 @@ def train(run):
 
     After the first SIGTERM or SIGINT, finish the step, save, and exit with the code that shells give that signal.
     """
+    if run.args.torch_compile or run.args.use_8bit_adam:
+        run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
     progress = run.progress = Progress(run)
     with Signals(run.accelerator) as signals:
         if run.plan.validates_after(run.step):
@@ -999,7 +1001,9 @@ class Signals:
             for each in STOP_SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         # Not print: the signal may have come while something was being printed.
-        os.write(2, b"\nStopping: this step will be finished and saved. A second signal stops at once, without.\n")
+        os.write(
+            2, b"\nStopping: this step will be finished and saved. A second signal stops at once, without saving.\n"
+        )
 
     def received_by_any(self):
         """Return the number of the signal that this process, or another of the run, has received; 0 if none has."""

@@ -485,7 +485,7 @@ CASES = {
         lambda path: change("args", "use_8bit_adam", value=True)(path / STATE),
         "--train_batch_size=2",
         "--train_batch_size x … : 2 here, but 1 in the run",
-        "--use_8bit_adam: False here, but True in the run",
+        "--use_8bit_adam (which --low_memory sets): False here, but True in the run",
     ),
     "another data set": Case(
         "before weights",

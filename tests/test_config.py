@@ -908,7 +908,11 @@ def compare(flags="", **changes):
         ("", {"effective_batch": 8}, "--gradient_accumulation_steps x processes: 16 here, but 8 in the run"),
         ("", {"data": "def"}, "fingerprint of the data set: abc here, but def in the run"),
         ("--max_train_samples=5", {}, "--max_train_samples: 5 here, but None in the run"),
-        ("", {"args": {"use_8bit_adam": True}}, "--use_8bit_adam: False here, but True in the run"),
+        (
+            "",
+            {"args": {"use_8bit_adam": True}},
+            "--use_8bit_adam (which --low_memory sets): False here, but True in the run",
+        ),
         ("--use_ema", {}, "--use_ema: True here, but False in the run"),
         ("", {"step": 7}, "--max_train_steps 6: the checkpoint is already at step 7"),
     ],
