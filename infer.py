@@ -4,7 +4,12 @@ Each picture starts from noise drawn on the CPU by its own seed, so it does not 
 for, nor (up to rounding) on the device. Its PNG carries the prompt and all settings as text.
 """
 
+import itertools
+import os
 import secrets
+import shlex
+import textwrap
+import warnings
 from pathlib import Path
 
 import sd_config
@@ -96,10 +101,13 @@ def resolve(args, given, problems):
 
 if __name__ == "__main__":
     ARGS = parse_args()  # answers --help and typos before the slow imports below
+    sd_config.announce_imports()
 
 import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -107,10 +115,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def main(args):
     """Draw every picture that `args` asks for, and write it as a PNG with its settings."""
+    quiet_libraries()
     device = choose_device(args.device)
     dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
     print(f"Loading {args.checkpoint or args.model_path} ({dtype} on {device})")
     pipeline = open_pipeline(args, DTYPES[dtype]).to(device)
+    pipeline.set_progress_bar_config(desc="Denoising")
 
     first_seed = secrets.randbits(32) if args.seed is None else args.seed
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -129,6 +139,16 @@ def main(args):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(image, path, settings | args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
+
+
+def quiet_libraries():
+    """Silence what the user can do nothing about: bars for every part loaded, notes of the libraries to themselves."""
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # The trainer tokenises captions once before its loader's workers fork, which tokenizers would warn about.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler thinks of diffusers' code
 
 
 def choose_device(name=None):
@@ -196,6 +216,46 @@ def sample(pipeline, prompt, seed, **settings):
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return pipeline(prompt, generator=generator, **settings).images[0]
+
+
+def command(settings):
+    """Return the command line that draws a picture with these settings, which are named as the flags are."""
+    given = ((f"--{name}", shlex.quote(str(value))) for name, value in settings.items() if value is not None)
+    return " ".join(("python infer.py", *itertools.chain.from_iterable(given)))
+
+
+def captioned_grid(rows, captions, width=256):
+    """Return rows of pictures as one, with a caption under each column.
+
+    Args:
+        rows (list[list[PIL.Image.Image]]): pictures of one size; smaller ones than `width` are enlarged without blur.
+        captions (list[str]): one for each column.
+        width (int): least width of a column in pixels.
+    """
+    (across, down), gap = rows[0][0].size, 8
+    factor = -(-width // across)
+    across, down = factor * across, factor * down
+    font = ImageFont.load_default(max(14, across // 20))
+    wrapped = [wrap(caption, font, across) for caption in captions]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    below = max(measure.multiline_textbbox((0, 0), text, font)[3] for text in wrapped) + gap
+    grid = Image.new("RGB", (len(captions) * (across + gap) + gap, len(rows) * (down + gap) + gap + below), "white")
+    for row, column in itertools.product(range(len(rows)), range(len(captions))):
+        picture = rows[row][column].resize((across, down), Image.Resampling.NEAREST)
+        grid.paste(picture, (gap + column * (across + gap), gap + row * (down + gap)))
+    for column, text in enumerate(wrapped):
+        place = gap + column * (across + gap) + across / 2, len(rows) * (down + gap) + gap
+        ImageDraw.Draw(grid).multiline_text(place, text, "black", font, anchor="ma", align="center")
+    return grid
+
+
+def wrap(text, font, width):
+    """Return a text in lines no wider than `width` pixels, as few as that takes."""
+    for length in range(max(len(text), 1), 0, -1):
+        lines = textwrap.wrap(text, length)
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return "\n".join(lines)
 
 
 def save_png(image, path, settings):

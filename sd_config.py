@@ -8,6 +8,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -80,6 +81,15 @@ def parse_args(argv=None):
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)
     return args
+
+
+def announce_imports():
+    """Say why nothing happens for a while, and keep the libraries from talking while they are imported."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("Loading PyTorch and diffusers takes some seconds.", flush=True)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def stop(problems, alone=False):
@@ -331,6 +341,19 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
         help="Prompts to draw during training. The flag without any prompt turns validation off.",
     )
     group.add_argument(
+        "--validation_guidance_scale",
+        type=real(0),
+        default=7.5,
+        help="Strength of classifier-free guidance in these pictures; up to 1 turns it off.",
+    )
+    group.add_argument(
+        "--validation_samples",
+        type=integer(0),
+        default=0,
+        help="Rows to keep out of training, on which every validation measures the loss: always the same rows, noise "
+        "and timesteps.",
+    )
+    group.add_argument(
         "--validation_epochs",
         type=integer(1),
         default=5,
@@ -488,7 +511,8 @@ def ignored_flags(args, given):
         yield f"--max_train_steps {args.max_train_steps} overrides --num_train_epochs {args.num_train_epochs}"
     needs = {
         "dream_detail_preservation": args.dream_training,
-        "validation_epochs": args.validation_prompts,
+        "validation_epochs": args.validation_prompts or args.validation_samples,
+        "validation_guidance_scale": args.validation_prompts,
         "tracker_project_name": args.report_to != "none",
         "logging_dir": args.report_to != "none",
     }
@@ -837,6 +861,7 @@ class Plan:
         encoded_bytes (int): their size.
         checkpoint_bytes (int): size of one checkpoint: weights, AdamW's two moments, and the EMA.
         export_bytes (int): size of the exported pipeline.
+        validates (bool): whether there is anything to draw or to measure during the training.
     """
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
@@ -862,6 +887,7 @@ class Plan:
         latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
         self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
         self.encoded, self.encoded_why = self.choose_encoded()
+        self.validates = bool(args.validation_prompts or args.validation_samples)
 
     def choose_encoded(self):
         """Return the folder for encoded pictures and captions, or None and why there is none."""
@@ -889,7 +915,7 @@ class Plan:
 
     def validates_after(self, step):
         """Say whether a validation is due after `step`: after epochs 1, 1 + V, 1 + 2V, …, and at the end."""
-        if not self.args.validation_prompts or step == 0:
+        if not self.validates or step == 0:
             return False
         epoch, remainder = divmod(step, self.steps_per_epoch)
         return step == self.max_steps or (remainder == 0 and (epoch - 1) % self.args.validation_epochs == 0)
@@ -902,7 +928,7 @@ class Plan:
     def __str__(self):
         saves, epoch = self.saves_from(0), self.steps_per_epoch
         regular = range(epoch, self.max_steps, epoch * self.args.validation_epochs)  # and one at the end in any case
-        validations = len(regular) + 1 if self.args.validation_prompts else 0
+        validations = len(regular) + 1 if self.validates else 0
         kept = min(saves, self.args.checkpoints_total_limit or saves)
         each = gigabytes(self.checkpoint_bytes)
         memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
@@ -964,6 +990,7 @@ def compare_runs(saved, plan, now, data):
         batch: (plan.effective_batch, saved["effective_batch"]),
         "fingerprint of the data set": (data, saved["data"]),
         "--max_train_samples": (now["max_train_samples"], before.get("max_train_samples")),
+        "--validation_samples": (now["validation_samples"], before.get("validation_samples", 0)),
         "--use_8bit_adam (which --low_memory sets)": (now["use_8bit_adam"], before.get("use_8bit_adam")),
     }
     if now["use_ema"]:  # to go on without an average is possible, to start one in the middle is not

@@ -21,7 +21,9 @@ from sd_config import Plan, stop
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
+    sd_config.announce_imports()
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -40,26 +42,22 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
 import datasets
-import diffusers
 import numpy as np
 import psutil
 import safetensors
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from PIL import Image, ImageCms, ImageOps
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
@@ -73,7 +71,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXPERIMENT_NAME = "SD1-5_火影忍者"
 LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
 VALIDATION_STEPS = 20  # denoising steps of a validation picture
-GUIDANCE_SCALE = 7.5
 # What PyTorch's allocator, CUDA's driver, Triton, cuBLAS, cuDNN and a CPU say, each in its own words.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
 MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen from 2^16 to 2^-14
@@ -81,7 +78,7 @@ MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen
 
 def main(args):
     """Train as `args` (of `sd_config.parse_args`) say, and export the result to `args.output_dir`."""
-    quiet_libraries()
+    infer.quiet_libraries()
     accelerator = create_accelerator(args)
     saved = sd_config.read_state(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     seed = choose_seed(args, saved, accelerator)
@@ -105,16 +102,6 @@ def main(args):
         with rescued(run):
             train(run)
             export(run)
-
-
-def quiet_libraries():
-    """Silence what the user can do nothing about: bars for every part loaded, notes of the libraries to themselves."""
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    # The captions are tokenised here once before loader workers fork, which tokenizers would warn about.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler thinks of diffusers' code
 
 
 def create_accelerator(args):
@@ -230,6 +217,7 @@ class Rows:
     fingerprint: str  # of every caption and picture file, in their order
     bad: dict  # number of a row left out by --skip_bad_rows -> what is wrong with it
     kept: list  # numbers of the rows trained on
+    held_out: list  # numbers of those kept out of training, to measure the loss on
     captions: list  # of all rows: the captions of each, as a list
 
     @functools.cached_property
@@ -244,6 +232,7 @@ def load_rows(args, tokenizer, seed, accelerator):
     Exits with code 2 if the data set, its train split, a column, a caption or a picture's file is not there or not
     usable. Whether a picture can be decoded is found out here only with --skip_bad_rows.
     """
+    accelerator.print(f"Reading {args.dataset_name or args.train_data_dir}")
     with accelerator.local_main_process_first():
         table = read_dataset(args)
     check_columns(table, args)
@@ -259,12 +248,19 @@ def load_rows(args, tokenizer, seed, accelerator):
         accelerator.print(f"note: left out {describe(table, number, args)}: {bad[number]}")
     limit = args.max_train_samples
     numbers = range(len(table)) if limit is None or limit >= len(table) else permutation(seed, "subset", len(table))
-    kept = [number for number in numbers if number not in bad][:limit]
+    held_out = choose_held_out(len(table), bad, args.validation_samples)
+    left_out = {*bad, *held_out}
+    kept = [number for number in numbers if number not in left_out][:limit]
     if not kept:
-        stop(["--skip_bad_rows: no row is left"])
+        stop([f"no row is left: {len(table)}, {len(bad)} of them bad, {len(held_out)} for --validation_samples"])
     if limit is not None and limit > len(kept):
         accelerator.print(f"note: --max_train_samples {limit}: the data set has {len(kept)}, all used")
-    return Rows(table, fingerprint, bad, kept, captions)
+    return Rows(table, fingerprint, bad, kept, held_out, captions)
+
+
+def choose_held_out(length, bad, count):
+    """Return the numbers of `count` rows, without bad ones: the same in every run on a data set, whatever its seed."""
+    return [number for number in permutation("held out", 0, length) if number not in bad][:count]
 
 
 def read_dataset(args):
@@ -652,6 +648,7 @@ class Run:
     prediction_type: str
     alphas_cumprod: torch.Tensor  # ᾱ_t, float32 on the device, shape (timesteps,)
     stream: SampleStream
+    held_out: dict | None  # the samples of --validation_samples, encoded, on the host of the main process
     nonfinite: torch.Tensor  # on the device: 1 once a loss or gradient was not finite, from when on no step updates
     optimizer_asks: bool  # whether the optimizer itself looks at that, so that the host need not
     micro_batch_size: int
@@ -661,6 +658,7 @@ class Run:
     saving: tuple | None = None  # the checkpoint being written and, on the process that writes it, its Future
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
+    base_loss: float | None = None  # on the rows kept out of training, before it
     loss_scale: float | None = None  # fp16 only: the scaler's factor after the last step
     skipped: int = 0  # fp16 only: steps skipped in a row
     sound: bool = True  # weights, moments, average and step number belong together
@@ -672,6 +670,7 @@ class Run:
 
 def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     """Load the models, encode what is to be encoded only once, and build the optimizer and its schedule."""
+    accelerator.print(f"Loading {args.resume_from_checkpoint or args.pretrained_model_name_or_path}")
     pipeline, ema_unet = load_models(args)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = half.get(accelerator.mixed_precision, torch.float32)
@@ -683,6 +682,9 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     latent_shape = vae.config.latent_channels, *2 * [args.resolution // pipeline.vae_scale_factor]
     timesteps = len(noise_scheduler.alphas_cumprod)
     stream = SampleStream(rows, copy.deepcopy(pipeline.tokenizer), args, seed, latent_shape, timesteps)
+    held_out = None
+    if rows.held_out and accelerator.is_main_process:
+        held_out = held_out_samples(stream, vae, text_encoder)
     if plan.encoded:
         stream.encoded = encode_rows(stream, plan, vae, text_encoder, accelerator)
         vae, text_encoder = vae.to("cpu"), text_encoder.to("cpu")
@@ -721,12 +723,35 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
         prediction_type=noise_scheduler.config.prediction_type,
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
         stream=stream,
+        held_out=held_out,
         nonfinite=nonfinite,
         optimizer_asks=bool(fused or accelerator.scaler),
         micro_batch_size=plan.batch_per_process if auto else args.micro_batch_size,
         micro_batch_fixed=not auto,
         threads=ThreadPoolExecutor(max_workers=2),
     )
+
+
+def held_out_samples(stream, vae, text_encoder):
+    """Return the samples of --validation_samples as a batch on the host: moments, hidden states, noise, timesteps.
+
+    They depend on the data set and on their number only. Row i of n has timestep (i + 1/2) T / n, rounded down: the
+    loss depends so much on the timestep that random ones would be most of what is measured.
+    """
+    rows = stream.rows
+    held = copy.copy(stream)
+    held.rows, held.seed, samples = dataclasses.replace(rows, kept=rows.held_out), "held out", []
+    for index, number in enumerate(tqdm(rows.held_out, desc="Encoding the rows kept out of training")):
+        with ending_on(BadRow):
+            pixel_values = held.load_pixels(index, flipped=False)
+        input_ids = tokenize(stream.tokenizer, rows.captions[number][:1])
+        timestep = (2 * index + 1) * stream.num_train_timesteps // (2 * len(rows.held_out))
+        encoded = {
+            "moments": encode_pictures(vae, pixel_values[None].to(vae.device))[0].cpu(),
+            "encoder_hidden_states": encode_captions(text_encoder, input_ids.to(text_encoder.device))[0].cpu(),
+        }
+        samples.append(held.draw(index) | {"timesteps": torch.tensor(timestep)} | encoded)
+    return torch.utils.data.default_collate(samples)
 
 
 def prepare_unet(unet, args, accelerator):
@@ -829,7 +854,8 @@ def restore(run, saved):
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     if not run.micro_batch_fixed and run.plan.batch_per_process % saved["micro_batch_size"] == 0:
         run.micro_batch_size = saved["micro_batch_size"]
-    run.step, run.saved_step, run.loss, run.checkpoint = saved["step"], saved["step"], saved["loss"], folder
+    run.step, run.saved_step, run.checkpoint = saved["step"], saved["step"], folder
+    run.loss, run.base_loss = saved["loss"], saved.get("base_loss")
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
 
 
@@ -925,6 +951,9 @@ def train(run):
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
     progress = run.progress = Progress(run)
+    if run.held_out and run.step == 0:
+        run.base_loss = held_out_loss(run)
+        report(run, run.accelerator.log, {"val/loss_base": run.base_loss}, step=0)
     with Signals(run.accelerator) as signals:
         if run.plan.validates_after(run.step):
             validate(run, signals, missing_only=True)  # it may have been cut short when the run was stopped
@@ -1474,24 +1503,51 @@ def drawing(run):
 
 
 def validate(run, signals, *, missing_only=False):
-    """Draw the validation prompts with the averaged weights, save the pictures, and send them to the tracker.
+    """Measure the loss on the rows kept out of training, and draw the prompts: what is there of the two.
 
     Every prompt is drawn with the run's seed by a generator of its own: neither the training stream nor another
     prompt's picture depends on it. A validation that a signal cuts short is left to the run that is resumed.
     """
     run.accelerator.wait_for_everyone()
-    samples = Path(run.args.output_dir, "samples")
-    final, folder = samples / f"step-{run.step}", samples / f".step-{run.step}"
+    final = Path(run.args.output_dir, "samples", f"step-{run.step}")
     if run.accelerator.is_main_process and not (missing_only and final.exists()):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        images = list(draw_samples(run, folder, signals))
-        if not signals.number:
-            make_image_grid(images, rows=1, cols=len(images)).save(folder / "grid.png")
-            report(run, log_images, run, images, run.args.validation_prompts)
-            discard(final)  # of a run that came this way before
-            folder.rename(final)
+        losses = {"val/loss": held_out_loss(run)} if run.held_out else {}
+        with drawing(run):
+            if run.held_out and run.ema:
+                losses["val/loss_ema"] = held_out_loss(run)
+            if run.args.validation_prompts:
+                draw_prompts(run, final, signals)
+        if losses:
+            report(run, run.accelerator.log, losses, step=run.step)
+            values = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            run.progress.bar.write(f"Step {run.step}: {values}; val/loss_base {run.base_loss:.4f}")
     run.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def held_out_loss(run):
+    """Return the mean squared error on the rows kept out of training, whatever loss the run itself trains with."""
+    plain = argparse.Namespace(noise_offset=0, input_perturbation=0, dream_training=False, snr_gamma=None)
+    measured, device, losses = dataclasses.replace(run, args=plain, network=run.unet), run.accelerator.device, []
+    for index in range(len(run.stream.rows.held_out)):  # one at a time fits always, and rounds always the same
+        sample = {name: values[index : index + 1].to(device) for name, values in run.held_out.items()}
+        with run.accelerator.autocast():
+            losses.append(diffusion_loss(measured, sample))
+    return torch.stack(losses).mean().item()
+
+
+def draw_prompts(run, final, signals):
+    """Draw the validation prompts into the folder `final`, which appears whole, and send them to the tracker."""
+    folder, prompts = final.with_name(f".{final.name}"), run.args.validation_prompts
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    images = list(draw_samples(run, folder, signals))
+    if signals.number:
+        return
+    infer.captioned_grid([images], prompts).save(folder / "grid.png")
+    report(run, log_images, run, images, prompts)
+    discard(final)  # of a run that came this way before
+    folder.rename(final)
 
 
 def draw_samples(run, folder, signals):
@@ -1505,17 +1561,23 @@ def draw_samples(run, folder, signals):
     infer.set_prediction_type(pipeline, run.prediction_type)
     settings = {
         "num_inference_steps": VALIDATION_STEPS,
-        "guidance_scale": GUIDANCE_SCALE,
+        "guidance_scale": run.args.validation_guidance_scale,
         "height": run.args.resolution,
         "width": run.args.resolution,
     }
-    with drawing(run), run.accelerator.autocast():
+    model = {}
+    if run.step == run.plan.max_steps:
+        model = {"model_path": run.args.output_dir}
+    elif run.plan.saves_after(run.step):
+        model = {"checkpoint": Path(run.args.output_dir, f"checkpoint-{run.step}")}
+    with run.accelerator.autocast():
         for index, prompt in enumerate(run.args.validation_prompts):
             if signals.number:
                 return
             image = infer.sample(pipeline, prompt, seed=run.seed, **settings)
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-            text = {"prompt": prompt, "seed": run.seed, "step": run.step, **settings}
+            drawn = {"prompt": prompt, "seed": run.seed, **settings}
+            text = drawn | {"step": run.step, "command": infer.command(model | drawn) if model else None}
             infer.save_png(image, folder / f"{index}-{words}.png", text)
             yield image
 
@@ -1682,6 +1744,7 @@ def trainer_state(run):
         "ema_step": run.ema.optimization_step if run.ema else None,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "loss": run.loss,
+        "base_loss": run.base_loss,
         "prediction_type": run.prediction_type,
         "micro_batch_size": run.micro_batch_size,
         "base_model": os.path.abspath(base) if os.path.isdir(base) else base,
@@ -1746,8 +1809,7 @@ def model_card(run):
         "",
     ]
     if grid.exists():
-        prompts = "; ".join(args.validation_prompts)
-        lines += [f"![samples]({grid.relative_to(output).as_posix()})", "", f"Left to right: {prompts}.", ""]
+        lines += [f"![samples]({grid.relative_to(output).as_posix()})", ""]
     if run.ema:
         lines += ['`unet` holds the moving average of the weights; the raw ones load with `variant="non_ema"`.', ""]
     if bad := run.stream.rows.bad:

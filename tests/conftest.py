@@ -12,7 +12,7 @@ from pathlib import Path
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HF_HOME.name, "SWANLAB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/demo")]
 
 import accelerate
 import pytest

@@ -78,6 +78,8 @@ FLAGS = [
     ("enable_xformers_memory_efficient_attention", False, "", True),
     ("noise_offset", 0.0, "0.05", 0.05),
     ("validation_epochs", 5, "1", 1),
+    ("validation_samples", 0, "64", 64),
+    ("validation_guidance_scale", 7.5, "3", 3.0),
     ("tracker_project_name", "SD-Naruto", "other", "other"),
     ("image_interpolation_mode", "bilinear", "lanczos", "lanczos"),
     ("caption_dropout", 0.0, "0.1", 0.1),
@@ -281,6 +283,8 @@ BAD = [
     ("checkpointing_steps", "0", "at least 1"),
     ("checkpoints_total_limit", "0", "at least 1"),
     ("validation_epochs", "0", "at least 1"),
+    ("validation_samples", "-1", "at least 0"),
+    ("validation_guidance_scale", "-1", "at least 0"),
     ("report_to", "mlflow", "swanlab, tensorboard, wandb, none"),
 ]
 
@@ -958,10 +962,11 @@ def test_every_flag_is_known_to_change_the_training_or_not_to():
         dataloader_num_workers num_train_epochs max_train_steps gradient_checkpointing
         enable_xformers_memory_efficient_attention local_rank output_dir overwrite_output_dir checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
+        validation_guidance_scale
         tracker_project_name logging_dir train_batch_size gradient_accumulation_steps cache_latents micro_batch_size
         torch_compile
     """
-    compared = {"seed", "max_train_samples", "use_8bit_adam"}
+    compared = {"seed", "max_train_samples", "validation_samples", "use_8bit_adam"}
     flags = set(vars(sd_config.parse_args([])))
     assert set(sd_config.TRAINING) | set(neutral.split()) | compared == flags
 
@@ -1009,6 +1014,7 @@ def test_plan_counts(flags, rows, processes, per_process, effective, per_epoch, 
         ("--max_train_steps=7 --checkpointing_steps=500 --validation_epochs=100", {7}, {3, 7}),
         ("--max_train_steps=2", {2}, {2}),
         ("--max_train_steps=7 --validation_prompts", {7}, set()),
+        ("--max_train_steps=7 --validation_prompts --validation_samples=1", {7}, {3, 7}),
     ],
 )
 def test_plan_saves_and_validates(flags, saves, validates):

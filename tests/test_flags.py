@@ -388,6 +388,21 @@ def test_flag_validation_epochs(train):
     assert steps == [2, 6, 9]
 
 
+def test_flag_validation_guidance_scale(train):
+    pictures = [
+        train(*FROZEN, "--validation_prompts=a cat", *flags, output=str(len(flags))).output
+        / "samples/step-1/0-a-cat.png"
+        for flags in ((), ("--validation_guidance_scale=1",))
+    ]
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_flag_validation_samples(train):
+    run = train(*FROZEN, "--validation_samples=3")
+    assert len(run.run.stream.rows.kept) == 11
+    assert run.logs[1]["val/loss"] == run.logs[0]["val/loss_base"]  # of frozen weights
+
+
 @pytest.mark.parametrize("name", ["none", "swanlab", "tensorboard", "wandb"])
 def test_flag_report_to(train, monkeypatch, name):
     """Each tracker gets the metrics and the captioned pictures; none gets nothing."""

@@ -125,15 +125,15 @@ def safety_parts():
     }
 
 
-def write_tokenizer(folder):
-    """Write CLIP's tokenizer, 49408 entries, as the four files of SD1.5.
+def write_tokenizer(folder, merges=48894):
+    """Write CLIP's tokenizer, 49408 entries, or one with fewer `merges` of its own, as the four files of SD1.5.
 
     The vocabulary is, in order: 256 byte symbols, the same at the end of a word, 48894 merges, and two special tokens
     (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4).
     """
     package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
     packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : merges + 1]
     # Bytes that print stand for themselves; the others, in order, for the characters from 256 on.
     printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = len(set(range(256)) - set(printing))

@@ -1,0 +1,179 @@
+"""What a validation measures on rows kept out of training, and what its pictures say of themselves."""
+
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel
+
+import infer
+import sd_config
+from conftest import assert_same, learned, trainer, weights
+
+SHORT = ("--train_batch_size=5", "--max_train_steps=4", "--learning_rate=1e-3", "--center_crop")
+HELD_OUT = (*SHORT, "--validation_samples=4", "--validation_epochs=1")  # of 14 rows; two steps an epoch
+
+
+def loss_by_hand(run, base, unet, prediction_type):
+    """The loss on the rows kept out, with nothing of the trainer's but how it reads pictures and draws noise."""
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+    scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
+    rows, losses = run.stream.rows, []
+    for index, number in enumerate(rows.held_out):
+        noise, posterior_noise = (run.held_out[name][index][None] for name in ("noise", "posterior_noise"))
+        timestep = torch.tensor([[125, 375, 625, 875][index]])
+        picture = trainer.to_pixels(rows.table[number]["image"], 64, "bilinear", crop=None, flip=False)
+        ids = trainer.tokenize(run.stream.tokenizer, [rows.captions[number][0]])
+        with torch.no_grad():
+            posterior = vae.encode(picture[None]).latent_dist
+            latents = (posterior.mean + posterior.std * posterior_noise) * vae.config.scaling_factor
+            target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timestep)
+            guess = unet(scheduler.add_noise(latents, noise, timestep), timestep, text_encoder(ids)[0]).sample
+        losses.append(torch.nn.functional.mse_loss(guess, target).item())
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_on_rows_kept_out_is_the_plain_one(train, assets, prediction_type):
+    """Of the base once, of raw and averaged weights at each validation; whatever the run itself trains with."""
+    flags = ["--use_ema", "--noise_offset=0.1", "--input_perturbation=0.1", "--snr_gamma=5", "--random_flip"]
+    flags += ["--micro_batch_size=5", "--caption_dropout=1", f"--prediction_type={prediction_type}"]
+    if prediction_type == "epsilon":
+        flags += ["--dream_training"]
+    run = train(*HELD_OUT, *flags)
+    measured = {step: {k: v for k, v in run.logs[step].items() if k.startswith("val/")} for step in run.logs}
+    assert {step: set(names) for step, names in measured.items() if names} == {
+        0: {"val/loss_base"},
+        2: {"val/loss", "val/loss_ema"},
+        4: {"val/loss", "val/loss_ema"},
+    }
+    for folder, variant, value in (
+        (assets[0], None, measured[0]["val/loss_base"]),
+        (run.output, "non_ema", measured[4]["val/loss"]),
+        (run.output, None, measured[4]["val/loss_ema"]),
+    ):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant=variant)
+        assert value == pytest.approx(loss_by_hand(run.run, assets[0], unet, prediction_type), rel=1e-5)
+    assert len({measured[0]["val/loss_base"], *measured[4].values()}) == 3
+
+
+def test_rows_kept_out_are_never_trained_on_and_the_same_for_every_seed(train):
+    one = train(*HELD_OUT, output="one")
+    other = train(*HELD_OUT, "--max_train_samples=6", output="other", seed=8)
+    rows = [result.run.stream.rows for result in (one, other)]
+    assert rows[0].held_out == rows[1].held_out
+    assert [len(each.kept) for each in rows] == [10, 6]
+    for result in (one, other):
+        stream = result.run.stream
+        assert not {stream.row(position) for position in range(40)} & set(stream.rows.held_out)
+    for name in one.run.held_out:
+        assert torch.equal(one.run.held_out[name], other.run.held_out[name])
+    assert one.logs[0] == other.logs[0]
+
+
+def test_measuring_leaves_training_alone_and_a_resumed_run_measures_the_same(train):
+    flags = (*HELD_OUT, "--use_ema", "--random_flip", "--checkpointing_steps=2")
+    often, seldom = train(*flags, output="often"), train(*flags, "--validation_epochs=100", output="seldom")
+    assert_same(weights(often.output / "unet"), weights(seldom.output / "unet"))
+    assert learned(often) == learned(seldom)
+    shutil.rmtree(often.output / "checkpoint-4")
+    again = train(*flags, "--resume_from_checkpoint=latest", output="often")
+    names = ("val/loss", "val/loss_ema")
+    assert learned(again, *names) == learned(often, *names)
+    assert 0 not in again.logs  # the base is gone by then
+    assert again.run.base_loss == often.logs[0]["val/loss_base"]
+
+
+def test_without_an_average_only_the_weights_are_measured(train, capfd):
+    run = train(*HELD_OUT, "--mixed_precision=bf16", "--cache_latents=off", "--train_batch_size=10")
+    assert {name for values in run.logs.values() for name in values if name.startswith("val/")} == {
+        "val/loss_base",
+        "val/loss",
+    }
+    last = run.logs[4]["val/loss"]
+    assert f"Step 4: val/loss {last:.4f}; val/loss_base {run.logs[0]['val/loss_base']:.4f}" in capfd.readouterr().out
+
+
+def test_more_rows_kept_out_than_there_are(train, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(*SHORT, "--validation_samples=14")
+    assert "--validation_samples" in capsys.readouterr().err
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_each_picture_names_the_command_that_draws_it_again(train, tmp_path):
+    """To the pixel, on a CPU in float32: from a checkpoint where there is one, at the end from the export."""
+    prompt = 'a cat\'s "hat", $5'
+    run = train(
+        *SHORT,
+        *("--use_ema", "--checkpointing_steps=2", "--validation_epochs=1", "--validation_guidance_scale=3"),
+        *(
+            "--resolution=128",
+            "--train_batch_size=7",
+            "--max_train_steps=5",
+            "--validation_prompts",
+            prompt,
+            "a rocket",
+        ),
+    )
+    for step in (2, 4, 5):
+        files = sorted((run.output / f"samples/step-{step}").glob("[01]-*.png"))
+        assert len(files) == 2
+        for file in files:
+            drawn = Image.open(file)
+            program, script, *flags = shlex.split(drawn.text["command"])
+            assert (program, script) == ("python", "infer.py")
+            assert ("--checkpoint" in flags) == (step < 5)
+            infer.main(infer.parse_args([*flags, "--output", str(tmp_path / "again.png")]))
+            again = Image.open(tmp_path / "again.png")
+            assert drawn.size == (128, 128)
+            assert np.array_equal(np.asarray(drawn), np.asarray(again)), (step, file)
+            assert {drawn.text["guidance_scale"], again.text["guidance_scale"]} == {"3.0"}
+            assert drawn.text["prompt"] == again.text["prompt"]
+            assert drawn.text["step"] == str(step)
+
+
+def test_a_picture_of_weights_that_are_kept_nowhere_names_no_command(train):
+    run = train(*SHORT, "--validation_epochs=1", "--validation_prompts=a cat")
+    assert "command" not in Image.open(run.output / "samples/step-3/0-a-cat.png").text
+    assert "command" in Image.open(run.output / "samples/step-4/0-a-cat.png").text
+
+
+@pytest.mark.parametrize("side", [64, 300])
+def test_a_grid_shows_every_picture_whole_with_its_caption_below(side):
+    """Small ones are enlarged without blur. No caption is cut off, or runs into another."""
+    colours = [["red", "green", "blue"], ["cyan", "magenta", "yellow"]]
+    rows = [[Image.new("RGB", (side, side), colour) for colour in row] for row in colours]
+    grid = infer.captioned_grid(rows, ["i", "a long caption " * 12, "W" * 30])
+    width = 256 if side == 64 else 300
+    pixels = np.asarray(grid)
+    for row in rows:
+        for picture in row:
+            assert (pixels == picture.getpixel((0, 0))).all(axis=2).sum() == width * width
+    below = (pixels[2 * width + 24 :] < 128).any(axis=(0, 2))
+    columns = [below[8 + index * (width + 8) : 8 + index * (width + 8) + width] for index in range(3)]
+    assert all(column.any() for column in columns)
+    assert below.sum() == sum(column.sum() for column in columns)
+    assert not (pixels[-4:] < 128).any()
+
+
+def test_a_command_is_quoted_for_a_shell():
+    settings = {"prompt": "it's $5; `ls`", "negative_prompt": None, "seed": 3}
+    assert shlex.split(infer.command(settings)) == ["python", "infer.py", "--prompt", "it's $5; `ls`", "--seed", "3"]
+
+
+def test_a_resumed_run_keeps_the_same_rows_out():
+    """Otherwise it would train on what the loss is measured on."""
+    saved = {"step": 1, "seed": 7, "effective_batch": 16, "data": "x", "max_steps": 100}
+    args = sd_config.parse_args(["--seed=7", "--validation_samples=3"])
+    plan = sd_config.Plan(args, 100, 1, 1)
+    then = vars(args) | {"validation_samples": 2}
+    problems, _ = sd_config.compare_runs(saved | {"args": then}, plan, vars(args), "x")
+    assert problems == ["--validation_samples: 3 here, but 2 in the run that --resume_from_checkpoint goes on with"]
