@@ -77,7 +77,7 @@ def test_the_base_has_the_parts_of_sd15_and_is_small():
     assert {name: type(getattr(pipeline, name)) for name in classes} == classes
     assert isinstance(pipeline.tokenizer, CLIPTokenizer)
     assert pipeline.vae_scale_factor == 8
-    assert pipeline.unet.config.down_block_types == UNet2DConditionModel().config.down_block_types
+    assert tuple(pipeline.unet.config.down_block_types) == UNet2DConditionModel().config.down_block_types
     files = list((DEMO / "base").rglob("*.safetensors"))
     assert len(files) == 4
     assert sum(file.stat().st_size for file in files) <= 10e6
@@ -91,7 +91,7 @@ def test_the_base_draws_what_captions_name_in_the_plain_style(held_out):
 
 
 def test_the_demo_in_short_learns(train, tmp_path):
-    """The held-out loss of the averaged weights falls by MARGIN at least, which five seeds did with room."""
+    """The held-out loss falls to a quarter: with five seeds to 0.244 to 0.254 of the base's, raw and averaged."""
     portraits.write(tmp_path / "ninja", "ninja", 96)
     run = train(
         *("--center_crop", "--random_flip", "--use_ema", "--train_batch_size=4", "--gradient_accumulation_steps=2"),
@@ -100,8 +100,8 @@ def test_the_demo_in_short_learns(train, tmp_path):
         data=tmp_path / "ninja",
     )
     base, losses = run.logs[0]["val/loss_base"], run.logs[60]
-    assert losses["val/loss"] < 0.75 * base
-    assert losses["val/loss_ema"] < 0.75 * base
+    assert losses["val/loss"] < 0.35 * base
+    assert losses["val/loss_ema"] < 0.35 * base
 
 
 def test_two_rows_of_pictures_make_one_comparison(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-import infer
+import sd_config
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Show pictures from before and after a training in one.")
@@ -21,6 +21,9 @@ if __name__ == "__main__":
     parser.add_argument("--after", nargs="+", required=True, help="pictures of the same prompts, in the lower row")
     parser.add_argument("--output", required=True, help="file to write")
     options = parser.parse_args()
+    sd_config.announce_imports()
+    import infer
+
     rows = [[Image.open(path) for path in paths] for paths in (options.before, options.after)]
     prompts = [[image.text["prompt"] for image in row] for row in rows]
     if prompts[0] != prompts[1]:
