@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sd_config
@@ -389,12 +390,13 @@ def test_flag_validation_epochs(train):
 
 
 def test_flag_validation_guidance_scale(train):
-    pictures = [
-        train(*FROZEN, "--validation_prompts=a cat", *flags, output=str(len(flags))).output
-        / "samples/step-1/0-a-cat.png"
-        for flags in ((), ("--validation_guidance_scale=1",))
-    ]
-    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    pictures = []
+    for scale in (7.5, 1):
+        run = train(
+            *FROZEN, "--validation_prompts=a cat", f"--validation_guidance_scale={scale}", output=f"run-{scale}"
+        )
+        pictures.append(Image.open(run.output / "samples/step-1/0-a-cat.png").tobytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_flag_validation_samples(train):

@@ -148,7 +148,7 @@ def test_a_picture_of_weights_that_are_kept_nowhere_names_no_command(train):
 
 @pytest.mark.parametrize("side", [64, 300])
 def test_a_grid_shows_every_picture_whole_with_its_caption_below(side):
-    """Small ones are enlarged without blur. No caption is cut off, or runs into another."""
+    """No caption is cut off, or runs into another."""
     colours = [["red", "green", "blue"], ["cyan", "magenta", "yellow"]]
     rows = [[Image.new("RGB", (side, side), colour) for colour in row] for row in colours]
     grid = infer.captioned_grid(rows, ["i", "a long caption " * 12, "W" * 30])
@@ -162,6 +162,12 @@ def test_a_grid_shows_every_picture_whole_with_its_caption_below(side):
     assert all(column.any() for column in columns)
     assert below.sum() == sum(column.sum() for column in columns)
     assert not (pixels[-4:] < 128).any()
+
+
+def test_a_grid_enlarges_small_pictures_without_blur():
+    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    grid = np.asarray(infer.captioned_grid([[Image.fromarray(pixels)]], ["noise"]))
+    assert np.array_equal(grid[8 : 8 + 256, 8 : 8 + 256], pixels.repeat(4, axis=0).repeat(4, axis=1))
 
 
 def test_a_command_is_quoted_for_a_shell():
