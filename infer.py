@@ -220,12 +220,12 @@ def sample(pipeline, prompt, seed, **settings):
 
 def command(settings):
     """Return the command line that draws a picture with these settings, which are named as the flags are."""
-    given = ((f"--{name}", shlex.quote(str(value))) for name, value in settings.items() if value is not None)
-    return " ".join(("python infer.py", *itertools.chain.from_iterable(given)))
+    flags = (f"--{name}={shlex.quote(str(value))}" for name, value in settings.items() if value is not None)
+    return " ".join(("python infer.py", *flags))
 
 
 def captioned_grid(rows, captions, width=256):
-    """Return rows of pictures as one, with a caption under each column.
+    """Return rows of pictures as one, with a caption under each column. (The font that PIL brings is a Latin one.)
 
     Args:
         rows (list[list[PIL.Image.Image]]): pictures of one size; smaller ones than `width` are enlarged without blur.

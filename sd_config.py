@@ -351,7 +351,7 @@ def build_parser():  # noqa: PLR0915 (a list, to be read as one)
         type=integer(0),
         default=0,
         help="Rows to keep out of training, on which every validation measures the loss: always the same rows, noise "
-        "and timesteps.",
+        "and timesteps. A resumed run must keep out as many.",
     )
     group.add_argument(
         "--validation_epochs",
@@ -936,7 +936,7 @@ class Plan:
         if self.encoded:
             encoding = f"pictures and captions once, kept in {self.encoded} ({gigabytes(self.encoded_bytes)})"
         return (
-            f"  rows             {self.rows}\n"
+            f"  rows             {self.rows}, besides {self.args.validation_samples} kept out of training\n"
             f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
             f"  micro-batches    {self.args.micro_batch_size}\n"
             f"  steps            {self.max_steps} ({self.steps_per_epoch} per epoch, "

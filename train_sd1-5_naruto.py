@@ -23,7 +23,6 @@ if __name__ == "__main__":
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -42,6 +41,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -252,15 +252,16 @@ def load_rows(args, tokenizer, seed, accelerator):
     left_out = {*bad, *held_out}
     kept = [number for number in numbers if number not in left_out][:limit]
     if not kept:
-        stop([f"no row is left: {len(table)}, {len(bad)} of them bad, {len(held_out)} for --validation_samples"])
+        flag = f"--validation_samples {args.validation_samples}" if held_out else "--skip_bad_rows"
+        stop([f"{flag}: of {len(table)} rows, {len(bad)} of them bad, none is left to train on"])
     if limit is not None and limit > len(kept):
-        accelerator.print(f"note: --max_train_samples {limit}: the data set has {len(kept)}, all used")
+        accelerator.print(f"note: --max_train_samples {limit}: there are {len(kept)} to train on, all used")
     return Rows(table, fingerprint, bad, kept, held_out, captions)
 
 
 def choose_held_out(length, bad, count):
     """Return the numbers of `count` rows, without bad ones: the same in every run on a data set, whatever its seed."""
-    return [number for number in permutation("held out", 0, length) if number not in bad][:count]
+    return [number for number in permutation("held out", 0, length) if number not in bad][:count] if count else []
 
 
 def read_dataset(args):
@@ -648,7 +649,7 @@ class Run:
     prediction_type: str
     alphas_cumprod: torch.Tensor  # ᾱ_t, float32 on the device, shape (timesteps,)
     stream: SampleStream
-    held_out: dict | None  # the samples of --validation_samples, encoded, on the host of the main process
+    held_out_batch: dict | None  # the samples of --validation_samples, encoded, on the host of the main process
     nonfinite: torch.Tensor  # on the device: 1 once a loss or gradient was not finite, from when on no step updates
     optimizer_asks: bool  # whether the optimizer itself looks at that, so that the host need not
     micro_batch_size: int
@@ -658,7 +659,6 @@ class Run:
     saving: tuple | None = None  # the checkpoint being written and, on the process that writes it, its Future
     step: int = 0  # steps done
     loss: float = math.nan  # of the last step whose metrics were read
-    base_loss: float | None = None  # on the rows kept out of training, before it
     loss_scale: float | None = None  # fp16 only: the scaler's factor after the last step
     skipped: int = 0  # fp16 only: steps skipped in a row
     sound: bool = True  # weights, moments, average and step number belong together
@@ -682,9 +682,9 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     latent_shape = vae.config.latent_channels, *2 * [args.resolution // pipeline.vae_scale_factor]
     timesteps = len(noise_scheduler.alphas_cumprod)
     stream = SampleStream(rows, copy.deepcopy(pipeline.tokenizer), args, seed, latent_shape, timesteps)
-    held_out = None
+    held_out_batch = None
     if rows.held_out and accelerator.is_main_process:
-        held_out = held_out_samples(stream, vae, text_encoder)
+        held_out_batch = encode_held_out(stream, vae, text_encoder)
     if plan.encoded:
         stream.encoded = encode_rows(stream, plan, vae, text_encoder, accelerator)
         vae, text_encoder = vae.to("cpu"), text_encoder.to("cpu")
@@ -723,7 +723,7 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
         prediction_type=noise_scheduler.config.prediction_type,
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
         stream=stream,
-        held_out=held_out,
+        held_out_batch=held_out_batch,
         nonfinite=nonfinite,
         optimizer_asks=bool(fused or accelerator.scaler),
         micro_batch_size=plan.batch_per_process if auto else args.micro_batch_size,
@@ -732,15 +732,14 @@ def load_run(args, plan, seed, rows, accelerator, noise_scheduler):
     )
 
 
-def held_out_samples(stream, vae, text_encoder):
+def encode_held_out(stream, vae, text_encoder):
     """Return the samples of --validation_samples as a batch on the host: moments, hidden states, noise, timesteps.
 
     They depend on the data set and on their number only. Row i of n has timestep (i + 1/2) T / n, rounded down: the
     loss depends so much on the timestep that random ones would be most of what is measured.
     """
-    rows = stream.rows
-    held = copy.copy(stream)
-    held.rows, held.seed, samples = dataclasses.replace(rows, kept=rows.held_out), "held out", []
+    rows, samples, held = stream.rows, [], copy.copy(stream)
+    held.rows, held.seed = dataclasses.replace(rows, kept=rows.held_out), "held out"
     for index, number in enumerate(tqdm(rows.held_out, desc="Encoding the rows kept out of training")):
         with ending_on(BadRow):
             pixel_values = held.load_pixels(index, flipped=False)
@@ -854,8 +853,7 @@ def restore(run, saved):
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     if not run.micro_batch_fixed and run.plan.batch_per_process % saved["micro_batch_size"] == 0:
         run.micro_batch_size = saved["micro_batch_size"]
-    run.step, run.saved_step, run.checkpoint = saved["step"], saved["step"], folder
-    run.loss, run.base_loss = saved["loss"], saved.get("base_loss")
+    run.step, run.saved_step, run.loss, run.checkpoint = saved["step"], saved["step"], saved["loss"], folder
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
 
 
@@ -951,9 +949,9 @@ def train(run):
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
     progress = run.progress = Progress(run)
-    if run.held_out and run.step == 0:
-        run.base_loss = held_out_loss(run)
-        report(run, run.accelerator.log, {"val/loss_base": run.base_loss}, step=0)
+    if run.step == 0:
+        measure(run, "val/loss_base")
+        run.accelerator.wait_for_everyone()
     with Signals(run.accelerator) as signals:
         if run.plan.validates_after(run.step):
             validate(run, signals, missing_only=True)  # it may have been cut short when the run was stopped
@@ -1511,43 +1509,38 @@ def validate(run, signals, *, missing_only=False):
     run.accelerator.wait_for_everyone()
     final = Path(run.args.output_dir, "samples", f"step-{run.step}")
     if run.accelerator.is_main_process and not (missing_only and final.exists()):
-        losses = {"val/loss": held_out_loss(run)} if run.held_out else {}
+        prompts, folder = run.args.validation_prompts, final.with_name(f".{final.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        measure(run, "val/loss")
         with drawing(run):
-            if run.held_out and run.ema:
-                losses["val/loss_ema"] = held_out_loss(run)
-            if run.args.validation_prompts:
-                draw_prompts(run, final, signals)
-        if losses:
-            report(run, run.accelerator.log, losses, step=run.step)
-            values = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            run.progress.bar.write(f"Step {run.step}: {values}; val/loss_base {run.base_loss:.4f}")
+            if run.ema:
+                measure(run, "val/loss_ema")
+            images = list(draw_samples(run, folder, signals)) if prompts else []
+        if prompts and not signals.number:
+            infer.captioned_grid([images], prompts).save(folder / "grid.png")
+            report(run, log_images, run, images, prompts)
+            discard(final)  # of a run that came this way before
+            folder.rename(final)
     run.accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def held_out_loss(run):
-    """Return the mean squared error on the rows kept out of training, whatever loss the run itself trains with."""
-    plain = argparse.Namespace(noise_offset=0, input_perturbation=0, dream_training=False, snr_gamma=None)
+def measure(run, name):
+    """Log the mean squared error on the rows kept out of training, if there are any, as `name`.
+
+    Whatever loss the run itself trains with, it is the plain one.
+    """
+    if run.held_out_batch is None:
+        return
+    plain = types.SimpleNamespace(noise_offset=0, input_perturbation=0, dream_training=False, snr_gamma=None)
     measured, device, losses = dataclasses.replace(run, args=plain, network=run.unet), run.accelerator.device, []
     for index in range(len(run.stream.rows.held_out)):  # one at a time fits always, and rounds always the same
-        sample = {name: values[index : index + 1].to(device) for name, values in run.held_out.items()}
+        sample = {key: values[index : index + 1].to(device) for key, values in run.held_out_batch.items()}
         with run.accelerator.autocast():
             losses.append(diffusion_loss(measured, sample))
-    return torch.stack(losses).mean().item()
-
-
-def draw_prompts(run, final, signals):
-    """Draw the validation prompts into the folder `final`, which appears whole, and send them to the tracker."""
-    folder, prompts = final.with_name(f".{final.name}"), run.args.validation_prompts
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    images = list(draw_samples(run, folder, signals))
-    if signals.number:
-        return
-    infer.captioned_grid([images], prompts).save(folder / "grid.png")
-    report(run, log_images, run, images, prompts)
-    discard(final)  # of a run that came this way before
-    folder.rename(final)
+    value = torch.stack(losses).mean().item()
+    report(run, run.accelerator.log, {name: value}, step=run.step)
+    run.progress.bar.write(f"Step {run.step}: {name} {value:.4f}")
 
 
 def draw_samples(run, folder, signals):
@@ -1565,19 +1558,17 @@ def draw_samples(run, folder, signals):
         "height": run.args.resolution,
         "width": run.args.resolution,
     }
-    model = {}
-    if run.step == run.plan.max_steps:
-        model = {"model_path": run.args.output_dir}
-    elif run.plan.saves_after(run.step):
-        model = {"checkpoint": Path(run.args.output_dir, f"checkpoint-{run.step}")}
+    saved = run.plan.saves_after(run.step) or run.saved_step == run.step
+    checkpoint = {"checkpoint": Path(run.args.output_dir, f"checkpoint-{run.step}")}
+    folder.mkdir(parents=True)
     with run.accelerator.autocast():
         for index, prompt in enumerate(run.args.validation_prompts):
             if signals.number:
                 return
             image = infer.sample(pipeline, prompt, seed=run.seed, **settings)
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-            drawn = {"prompt": prompt, "seed": run.seed, **settings}
-            text = drawn | {"step": run.step, "command": infer.command(model | drawn) if model else None}
+            flags = {"prompt": prompt, "seed": run.seed, **settings}
+            text = flags | {"step": run.step, "command": infer.command(checkpoint | flags) if saved else None}
             infer.save_png(image, folder / f"{index}-{words}.png", text)
             yield image
 
@@ -1744,7 +1735,6 @@ def trainer_state(run):
         "ema_step": run.ema.optimization_step if run.ema else None,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "loss": run.loss,
-        "base_loss": run.base_loss,
         "prediction_type": run.prediction_type,
         "micro_batch_size": run.micro_batch_size,
         "base_model": os.path.abspath(base) if os.path.isdir(base) else base,

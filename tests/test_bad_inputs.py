@@ -440,7 +440,7 @@ CASES = {
     ),
     "none is readable": data(
         lambda lab: f"{lab.table(image=[{'bytes': b'', 'path': None}] * 2)} --skip_bad_rows",
-        "--skip_bad_rows: no row is left",
+        "none is left to train on",
     ),
     **{name: undecodable(*case) for name, case in UNDECODABLE.items()},
     "truncated JPEG, met by a worker": Case(

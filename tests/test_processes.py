@@ -92,6 +92,8 @@ FLAGS = (
     "--lr_warmup_steps=2",
     "--learning_rate=1e-4",
     "--num_train_epochs=6",
+    "--validation_samples=2",
+    "--validation_epochs=3",
 )
 
 
@@ -108,9 +110,14 @@ def test_two_processes_train_what_one_trains(here, assets):
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py", *FLAGS]
     two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
     printed = [start(one, here), start(two, here, ACCELERATE_USE_CPU="true")]
-    assert len(re.findall("Encoding pictures from 0 of 14: +0%", printed[1])) == 1
+    assert len(re.findall("Encoding pictures from 0 of 12: +0%", printed[1])) == 1
     plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
     assert plans == [("8", "8", "1"), ("8", "4", "2")]
+    measured = [re.findall(r"Step (\d+): (\S+) ([\d.]+)", text) for text in printed]
+    assert len(measured[0]) >= 5
+    for one_line, two_line in zip(*measured, strict=True):
+        assert one_line[:2] == two_line[:2]
+        assert float(one_line[2]) == pytest.approx(float(two_line[2]), abs=2e-4)
     begin = weights(assets[0] / "unet")
     for part in ("unet", "unet_ema"):
         single, shared = (weights(here / name / "checkpoint-12" / part) for name in ("one", "two"))

@@ -277,7 +277,7 @@ def test_long_captions_are_counted(train, tmp_path, capsys):
 def test_max_train_samples_above_the_rows_uses_all_and_says_so(train, capsys):
     run = train("--max_train_samples=99", "--max_train_steps=1", "--train_batch_size=2")
     assert run.run.plan.rows == 14
-    assert "note: --max_train_samples 99: the data set has 14, all used" in capsys.readouterr().out
+    assert "note: --max_train_samples 99: there are 14 to train on, all used" in capsys.readouterr().out
 
 
 def test_hub_data_is_asked_for_with_every_flag(train, monkeypatch, assets):

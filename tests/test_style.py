@@ -45,6 +45,10 @@ def test_the_readme_lists_every_flag_with_its_default_and_help():
     assert not missing, "\n".join(missing)
 
 
+def test_the_readme_has_no_gap_left_to_fill():
+    assert "@@" not in README
+
+
 def test_the_readme_and_ci_run_the_same_test_command():
     (command,) = re.findall(r"^python -m pytest .*$", (ROOT / ".ci/run").read_text(), re.M)
     assert f"&& {command}\n" in README

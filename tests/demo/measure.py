@@ -17,6 +17,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import portraits
+import sd_config
 
 HELD_OUT = 10**6  # seed of people that no training sees
 ATTRIBUTES = ("hair", "background", "accessory")
@@ -104,6 +105,9 @@ def draw_captions(model, captions, guidance_scale, steps, seed=0):
     import torch  # noqa: PLC0415 (slow imports: --help should not wait for them)
     from diffusers import StableDiffusionPipeline  # noqa: PLC0415
 
+    import infer  # noqa: PLC0415
+
+    infer.quiet_libraries()
     pipeline = StableDiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -122,6 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--save", help="folder to keep the pictures in, as one sheet for each line printed")
     options = parser.parse_args()
+    sd_config.announce_imports()
     people, captions = zip(*portraits.people(HELD_OUT, options.count), strict=True)
     for model in options.models:
         for guidance_scale in options.guidance_scale:
