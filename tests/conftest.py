@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 import sd_config
 import tiny_sd15
@@ -126,6 +127,15 @@ def assert_same_state(one, other):
     states = [sd_config.read_state(folder) for folder in (one, other)]
     for name in ("step", "seed", "ema_step", "loss"):
         assert states[0][name] == states[1][name]
+
+
+def samples(output):
+    """The validation pictures of an output folder by their names: pixels, and text but for the command."""
+    images = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/*/*")}
+    return {
+        name: (image.tobytes(), {key: value for key, value in image.text.items() if key != "command"})
+        for name, image in images.items()
+    }
 
 
 def litter(output):

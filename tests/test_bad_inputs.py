@@ -440,7 +440,7 @@ CASES = {
     ),
     "none is readable": data(
         lambda lab: f"{lab.table(image=[{'bytes': b'', 'path': None}] * 2)} --skip_bad_rows",
-        "none is left to train on",
+        "--skip_bad_rows: of 2 rows, 2 of them bad, none is left to train on",
     ),
     **{name: undecodable(*case) for name, case in UNDECODABLE.items()},
     "truncated JPEG, met by a worker": Case(

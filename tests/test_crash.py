@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import sd_config
-from conftest import ROOT, assert_same_state, litter, trainer
+from conftest import ROOT, assert_same_state, litter, samples, trainer
 
 IMPORTED_BY = os.getpid()
 # Everything that has a state of its own to lose.
@@ -104,11 +104,6 @@ def exported(output):
     files = [file for part in sd_config.PARTS for file in (output / part).rglob("*") if file.is_file()]
     named = {file.relative_to(output).as_posix(): file.read_bytes() for file in [*files, output / "model_index.json"]}
     return {name: content for name, content in named.items() if name != "unet/config.json"}
-
-
-def samples(output):
-    """The validation pictures by their names."""
-    return {file.relative_to(output).as_posix(): file.read_bytes() for file in output.glob("samples/*/*")}
 
 
 def assert_same_end(output, reference):

@@ -60,7 +60,12 @@ def test_ten_steps_agree_with_the_textbook(train, assets, variant):
     )
     table = trainer.read_dataset(args)
     rows = trainer.Rows(
-        table, fingerprint="", bad={}, kept=list(range(len(table))), captions=[[text] for text in table["text"]]
+        table,
+        fingerprint="",
+        bad={},
+        held_out=[],
+        kept=list(range(len(table))),
+        captions=[[text] for text in table["text"]],
     )
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     stream = trainer.SampleStream(rows, tokenizer, args, 7, (4, 8, 8), 1000)

@@ -33,7 +33,7 @@ def stream_of(assets):
     def make(rows=photos, seed=3, **changed):
         args = argparse.Namespace(**ARGS | changed)
         captions = [trainer.list_captions(caption) for caption in rows["text"]]
-        rows = trainer.Rows(rows, fingerprint="", bad={}, kept=list(range(len(rows))), captions=captions)
+        rows = trainer.Rows(rows, fingerprint="", bad={}, held_out=[], kept=list(range(len(rows))), captions=captions)
         return trainer.SampleStream(rows, tokenizer, args, seed, (4, 8, 8), 1000)
 
     return make
