@@ -55,7 +55,7 @@ def build(folder, *, full=False, seed=0):
 def build_model(folder, *, full=False, seed=0):
     """Write a random Stable Diffusion pipeline, all in safetensors."""
     import torch  # noqa: PLC0415 (slow imports: --help should not wait for them)
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: PLC0415
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: PLC0415
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: PLC0415
 
@@ -87,14 +87,7 @@ def build_model(folder, *, full=False, seed=0):
             )
         ),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=noise_scheduler(),
         requires_safety_checker=not full,  # the true one would add 1.2 GB that no training touches
         **dict.fromkeys(("safety_checker", "feature_extractor")) if full else safety_parts(),
     ).save_pretrained(folder)
@@ -104,6 +97,20 @@ def build_model(folder, *, full=False, seed=0):
     file = folder / "text_encoder/model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def noise_scheduler():
+    """Return SD1.5's noise schedule and sampler."""
+    from diffusers import PNDMScheduler  # noqa: PLC0415
+
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def safety_parts():
