@@ -1,6 +1,7 @@
 """What the tests share: a tiny model and data set, and runs of the trainer in this process."""
 
 import collections
+import contextlib
 import importlib
 import os
 import sys
@@ -14,6 +15,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HF_HOME.name, "SWANLAB_MODE": "
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/demo")]
 
+import sd_config
+
+with contextlib.redirect_stdout(None):  # pytest would print after its closing line what is said while it imports this
+    sd_config.announce_imports()
+
 import accelerate
 import pytest
 import safetensors.torch
@@ -21,10 +27,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-import sd_config
 import tiny_sd15
 
 trainer = importlib.import_module("train_sd1-5_naruto")
+del os.environ["DIFFUSERS_VERBOSITY"]  # scripts that tests start see to that themselves
 # The flags of the tutorial, as it writes them.
 TUTORIAL = """
   --use_ema \

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -1249,16 +1248,6 @@ def test_help_and_typos_are_answered_without_slow_imports(shell, tmp_path, scrip
     assert answer.returncode == code
     assert says in (answer.stderr if code else answer.stdout)
     assert not (answer.stdout if code else answer.stderr)
-
-
-@pytest.mark.parametrize(("script", "flag", "code", "says"), ANSWERS)
-def test_help_and_typos_are_answered_at_once(shell, script, flag, code, says):
-    def seconds():
-        start = time.perf_counter()
-        assert shell(script, flag).returncode == code
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3
 
 
 def test_sd_config_imports_nothing_but_the_standard_library():

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import accelerate
 import pytest
@@ -654,13 +653,13 @@ PAIR = ("--train_batch_size=1",)  # with two processes, the effective batch of o
 def pair(whole, start, once, tmp_path_factory):
     """Two processes that take over from one after step 2, until one of them fails in step 6.
 
-    The exit code, what was printed, the seconds it took, and the output folder, with a checkpoint of every step.
+    The exit code, what was printed, and the output folder, with a checkpoint of every step.
     """
     if "pair" not in once:
-        begun, flags = time.monotonic(), (*PAIR, after_two(whole), "--checkpointing_steps=1")
+        flags = (*PAIR, after_two(whole), "--checkpointing_steps=1")
         output = tmp_path_factory.mktemp("pair")
         ended = start(*flags, output=output, processes=2, step=6, in_step="raise RuntimeError('unexpected')")
-        once["pair"] = (*ended, time.monotonic() - begun, output)
+        once["pair"] = (*ended, output)
     return once["pair"]
 
 
@@ -670,10 +669,9 @@ def after_two(whole):
 
 
 def test_an_error_in_one_process_ends_all(pair):
-    """In bounded time, though the others wait for that one."""
-    code, printed, seconds, output = pair
+    """Though the others wait for that one: `start` does not wait for ever."""
+    code, printed, output = pair
     assert code != 0
-    assert seconds < 60
     assert "RuntimeError: unexpected" in printed
     explains(printed, output, 5)
     assert steps(output) == [3, 4, 5]

@@ -37,7 +37,7 @@ def test_resume_at_every_step_is_bit_identical(train, twelve):
     whole = train(*flags, output="whole", data=None)
     for step in range(1, 12):
         checkpoint = f"--resume_from_checkpoint={whole.output / f'checkpoint-{step}'}"
-        resumed = train(*flags, checkpoint, output=f"resumed-{step}", data=None)
+        resumed = train(*flags, checkpoint, "--checkpointing_steps=12", output=f"resumed-{step}", data=None)
         assert_same_state(whole.output / "checkpoint-12", resumed.output / "checkpoint-12")
         assert_same(weights(whole.output / "unet"), weights(resumed.output / "unet"))
         logged = learned(resumed)
@@ -45,7 +45,7 @@ def test_resume_at_every_step_is_bit_identical(train, twelve):
         assert logged == {later: values for later, values in learned(whole).items() if later > step}
 
 
-@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (3, "fork"), (1, "spawn"), (3, "spawn")])
+@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (3, "fork"), (3, "spawn")])
 def test_workers_change_nothing(train, twelve, workers, method, monkeypatch):
     flags = (*RANDOM, twelve, "--train_batch_size=4", "--max_train_steps=4", "--checkpointing_steps=4")
     alone = train(*flags, output="alone", data=None)
