@@ -39,15 +39,29 @@ def batches(monkeypatch):
     return diffusion_loss
 
 
+@pytest.fixture(scope="module")
+def once():
+    """What is computed once for all tests of this file, by its name."""
+    return {}
+
+
+@pytest.fixture
+def plain(train, batches, once, tmp_path_factory):
+    """The run that is cut as the flags say, and never runs out of memory."""
+    if "plain" not in once:
+        once["plain"] = train(*FLAGS, output=tmp_path_factory.mktemp("plain"))
+        assert batches.sizes == [(step, 1) for step in range(10) for _ in range(4)]
+        batches.sizes.clear()
+    return once["plain"]
+
+
 def assert_trains_alike(run, plain, start):
     for part in ("unet", "unet_ema"):
         one, other = (weights(each.output / "checkpoint-10" / part) for each in (run, plain))
         assert difference(one, other, start) <= 1e-4
 
 
-def test_micro_batches_of_any_size_train_the_same(train, assets, batches):
-    plain = train(*FLAGS, output="plain")
-    assert set(batches.sizes) == {(step, 1) for step in range(10)}
+def test_micro_batches_of_any_size_train_the_same(train, assets, batches, plain):
     for size, expected in ((2, 2), (4, 4), ("auto", 4)):
         batches.sizes.clear()
         run = train(*FLAGS, f"--micro_batch_size={size}", output=f"by-{size}")
@@ -66,9 +80,8 @@ def test_micro_batches_of_any_size_train_the_same(train, assets, batches):
     ],
     ids=["first", "first-twice", "later", "later-halfway"],
 )
-def test_out_of_memory_leads_to_the_same_result(train, assets, batches, capsys, fails, found):
+def test_out_of_memory_leads_to_the_same_result(train, assets, batches, plain, capsys, fails, found):
     """Also if it happens when some of a step's micro-batches have already left their gradients."""
-    plain = train(*FLAGS, output="plain")
     batches.fails = fails
     run = train(*FLAGS, "--micro_batch_size=auto", output="auto")
     assert_trains_alike(run, plain, weights(assets[0] / "unet"))

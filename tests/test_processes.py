@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from PIL import Image
 
 import sd_config
 import tiny_sd15
-from conftest import ROOT, TUTORIAL, assert_same_state, difference, weights
+from conftest import ROOT, TUTORIAL, assert_same, assert_same_state, difference, weights
 
 
 def start(command, folder, **environment):
@@ -65,14 +66,16 @@ def test_the_tutorial_end_to_end(here):
     image.save(here / "tutorial.png")
 
 
-def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path):
-    start([str(ROOT / "tests/tiny_sd15.py"), str(tmp_path)], tmp_path)
-    sizes = [path.stat().st_size for path in (tmp_path / tiny_sd15.MODEL).rglob("*") if path.is_file()]
+def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tiny_sd15.py", str(tmp_path)])
+    runpy.run_path(tiny_sd15.__file__, run_name="__main__")
+    assert_same(weights(tmp_path / tiny_sd15.MODEL / "unet"), weights(assets[0] / "unet"))
+    sizes = [path.stat().st_size for path in assets[0].rglob("*") if path.is_file()]
     assert sum(sizes) <= 20e6
     tokenizer = StableDiffusionPipeline.from_pretrained(assets[0]).tokenizer
     assert tokenizer("Lebron James with a hat").input_ids == [49406, 11971, 2392, 593, 320, 3801, 49407]
     assert len(tokenizer) == 49408
-    pictures = [Image.open(path) for path in (tmp_path / tiny_sd15.PHOTOS).iterdir() if path.suffix in (".jpg", ".png")]
+    pictures = [Image.open(path) for path in assets[1].iterdir() if path.suffix in (".jpg", ".png")]
     assert {"RGB", "RGBA", "L", "LA", "P", "CMYK", "I;16"} == {picture.mode for picture in pictures}
     assert len({picture.size for picture in pictures}) > 10
 
@@ -97,19 +100,15 @@ FLAGS = (
 )
 
 
-def test_two_processes_train_what_one_trains(here, assets):
+def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, capfd):
     """With epochs instead of steps, where the rate used to fall too slowly; and with pictures encoded once for both."""
-    one = [
-        "train_sd1-5_naruto.py",
-        *FLAGS,
-        "--train_batch_size=4",
-        "--gradient_accumulation_steps=2",
-        "--cache_latents=off",
-        "--output_dir=one",
-    ]
+    monkeypatch.chdir(here)
+    one = ("--train_batch_size=4", "--gradient_accumulation_steps=2", "--cache_latents=off")
+    train(*FLAGS, *one, data=None, output="one")
+    printed = ["".join(capfd.readouterr())]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py", *FLAGS]
     two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
-    printed = [start(one, here), start(two, here, ACCELERATE_USE_CPU="true")]
+    printed.append(start(two, here, ACCELERATE_USE_CPU="true"))
     assert len(re.findall("Encoding pictures from 0 of 12: +0%", printed[1])) == 1
     plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
     assert plans == [("8", "8", "1"), ("8", "4", "2")]

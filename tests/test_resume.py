@@ -45,7 +45,7 @@ def test_resume_at_every_step_is_bit_identical(train, twelve):
         assert logged == {later: values for later, values in learned(whole).items() if later > step}
 
 
-@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (3, "fork"), (3, "spawn")])
+@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (3, "fork"), (2, "spawn")])
 def test_workers_change_nothing(train, twelve, workers, method, monkeypatch):
     flags = (*RANDOM, twelve, "--train_batch_size=4", "--max_train_steps=4", "--checkpointing_steps=4")
     alone = train(*flags, output="alone", data=None)
