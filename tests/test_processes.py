@@ -70,12 +70,12 @@ def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path
     monkeypatch.setattr(sys, "argv", ["tiny_sd15.py", str(tmp_path)])
     runpy.run_path(tiny_sd15.__file__, run_name="__main__")
     assert_same(weights(tmp_path / tiny_sd15.MODEL / "unet"), weights(assets[0] / "unet"))
-    sizes = [path.stat().st_size for path in assets[0].rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in (tmp_path / tiny_sd15.MODEL).rglob("*") if path.is_file()]
     assert sum(sizes) <= 20e6
     tokenizer = StableDiffusionPipeline.from_pretrained(assets[0]).tokenizer
     assert tokenizer("Lebron James with a hat").input_ids == [49406, 11971, 2392, 593, 320, 3801, 49407]
     assert len(tokenizer) == 49408
-    pictures = [Image.open(path) for path in assets[1].iterdir() if path.suffix in (".jpg", ".png")]
+    pictures = [Image.open(path) for path in (tmp_path / tiny_sd15.PHOTOS).iterdir() if path.suffix in (".jpg", ".png")]
     assert {"RGB", "RGBA", "L", "LA", "P", "CMYK", "I;16"} == {picture.mode for picture in pictures}
     assert len({picture.size for picture in pictures}) > 10
 
