@@ -1,0 +1,49 @@
+"""Three seams at which tests plant faults in the trainer. No other file of the tests knows the functions behind them.
+
+A fault is a function: it may raise, send a signal, wait, take notes, or change the tensors that it is given.
+"""
+
+import importlib
+
+import sd_config
+
+trainer = importlib.import_module("train_sd1-5_naruto")
+
+
+def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, while_saving=None):
+    """Have the trainer call faults of the caller's.
+
+    Args:
+        set_attribute (callable): `monkeypatch.setattr` in a test. What the default does is never undone.
+        before_micro_batch (callable): called with (run, micro_batch), before each forward pass of the training itself.
+            `run.step` is the number of steps done; `micro_batch` is a dictionary of tensors on the device.
+        after_step (callable): called with (run,), when the weights, the average and `run.step` have moved on.
+        while_saving (callable): called with (folder,), when the files of a checkpoint are written under its hidden
+            name, and its manifest is not.
+    """
+    if before_micro_batch:
+        original_loss = trainer.diffusion_loss
+
+        def diffusion_loss(run, micro_batch):
+            if hasattr(run.args, "output_dir"):  # a loss that is only measured has other arguments
+                before_micro_batch(run, micro_batch)
+            return original_loss(run, micro_batch)
+
+        set_attribute(trainer, "diffusion_loss", diffusion_loss)
+    if after_step:
+        original_step = trainer.train_step
+
+        def train_step(run, batch):
+            metrics = original_step(run, batch)
+            after_step(run)
+            return metrics
+
+        set_attribute(trainer, "train_step", train_step)
+    if while_saving:
+        original_seal = sd_config.seal
+
+        def seal(folder):
+            while_saving(folder)
+            original_seal(folder)
+
+        set_attribute(sd_config, "seal", seal)
