@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import sd_config
+from sd_config import choice, integer, real, stop_if
 
 # The well-known samplers, by the names that people know them by; values are classes of diffusers.
 SCHEDULERS = {
@@ -26,6 +27,28 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 
+# fmt: off
+FLAGS = {
+    "options": [
+        ("model_path", "./sd-naruto-model", str, "Folder of a diffusers pipeline, or a Hub id (owner/name)."),
+        ("checkpoint", None, str,
+         "Draw with the UNet of this checkpoint folder, on the base model that it was trained from."),
+        ("prompt", ["Lebron James with a hat"], "+", "One or more prompts."),
+        ("negative_prompt", None, str, "What the pictures should not show."),
+        ("output", "result.png", str, "File to write; of several, NAME-0.png, NAME-1.png and so on."),
+        ("num_images", 1, integer(1), "Pictures of each prompt."),
+        ("seed", None, integer(0, 2**32 - 1), "Picture i of a prompt is drawn with seed + i. Default: a random one."),
+        ("num_inference_steps", 50, integer(1), "Denoising steps."),
+        ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; up to 1 turns it off."),
+        ("height", None, integer(8, multiple_of=8), "Height in pixels. Default: the model's own."),
+        ("width", None, integer(8, multiple_of=8), "Width in pixels. Default: the model's own."),
+        ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
+        ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
+        ("dtype", None, choice("fp32", "fp16", "bf16"), "Default: fp16 on CUDA, fp32 elsewhere."),
+    ]
+}
+# fmt: on
+
 
 def parse_args(argv=None):
     """Parse and check the command line; every problem is named, and any ends the process with exit code 2.
@@ -33,37 +56,11 @@ def parse_args(argv=None):
     Returns:
         argparse.Namespace: one attribute per flag; `outputs` lists the files to write, prompt by prompt.
     """
-    parser = sd_config.Parser(description="Draw pictures from prompts with a trained Stable Diffusion pipeline.")
-    add, integer, real = parser.add_argument, sd_config.integer, sd_config.real
-    add("--model_path", default="./sd-naruto-model", help="Folder of a diffusers pipeline, or a Hub id (owner/name).")
-    add(
-        "--checkpoint", help="Draw with the UNet of this checkpoint folder, on the base model that it was trained from."
-    )
-    add("--prompt", nargs="+", default=["Lebron James with a hat"], help="One or more prompts.")
-    add("--negative_prompt", help="What the pictures should not show.")
-    add("--output", default="result.png", help="File to write; of several, NAME-0.png, NAME-1.png and so on.")
-    add("--num_images", type=integer(1), default=1, help="Pictures of each prompt.")
-    add(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        help="Picture i of a prompt is drawn with seed + i. Default: a random one.",
-    )
-    add("--num_inference_steps", type=integer(1), default=50, help="Denoising steps.")
-    add(
-        "--guidance_scale",
-        type=real(0),
-        default=7.5,
-        help="Strength of classifier-free guidance; up to 1 turns it off.",
-    )
-    add("--height", type=integer(8, multiple_of=8), help="Height in pixels. Default: the model's own.")
-    add("--width", type=integer(8, multiple_of=8), help="Width in pixels. Default: the model's own.")
-    add("--scheduler", type=sd_config.choice(*SCHEDULERS), help="Sampler. Default: the pipeline's own.")
-    add("--device", help="Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is.")
-    add("--dtype", type=sd_config.choice("fp32", "fp16", "bf16"), help="Default: fp16 on CUDA, fp32 elsewhere.")
+    parser = sd_config.Parser("Draw pictures from prompts with a trained Stable Diffusion pipeline.", FLAGS)
     args, given, problems = parser.parse_all(argv)
     if not problems:
         resolve(args, given, problems)
-    sd_config.stop(problems)
+    stop_if(problems)
     return args
 
 
@@ -71,18 +68,18 @@ def resolve(args, given, problems):
     """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
     args.base, args.origin = {}, {"model_path": args.model_path}
     if args.checkpoint is not None:
-        if wrong := sd_config.damage(Path(args.checkpoint), "unet"):
-            sd_config.stop([f"--checkpoint {args.checkpoint}: not a whole checkpoint: {wrong}"])
+        if damage := sd_config.find_damage(Path(args.checkpoint), "unet"):
+            stop_if([f"--checkpoint {args.checkpoint}: not a whole checkpoint: {damage}"])
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
-        args.prediction_type = saved["prediction_type"]
+        args.prediction_type = saved.prediction_type
         args.origin["checkpoint"] = args.checkpoint
         if "model_path" not in given:  # otherwise the base has moved since
-            args.model_path, args.origin["model_path"] = saved["base_model"], None
-            args.base = {name: saved["args"][name] for name in ("revision", "variant", "cache_dir")}
+            args.model_path, args.origin["model_path"] = saved.base_model, None
+            args.base = {name: saved.args[name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
         problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
         latest = reversed(sd_config.checkpoints(args.model_path) if problems else [])
-        if whole := next((path for path in latest if not sd_config.damage(path)), None):
+        if whole := next((path for path in latest if not sd_config.find_damage(path)), None):
             problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {whole}")
 
     if args.negative_prompt is not None and args.guidance_scale <= 1:
@@ -134,10 +131,9 @@ def main(args):
             "height": args.height or size,
             "width": args.width or size,
         }
-        image = sample(pipeline, **settings)
         drawn_by = {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "device": device}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image, path, settings | args.origin | drawn_by)
+        image = draw(pipeline, path, settings, args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
 
 
@@ -158,7 +154,7 @@ def choose_device(name=None):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has a way of its own for each device
-        return sd_config.stop([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
+        return stop_if([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
 
 
 def open_pipeline(args, dtype):
@@ -193,7 +189,7 @@ def load(loader, flag, model, **kwargs):
         return loader(model, **kwargs)
     except Exception as error:  # the libraries raise many kinds for what is wrong with a file
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
-        return sd_config.stop([f"{flag} {model}: cannot be loaded ({remedy}): {error}"], alone=True)
+        return sd_config.stop(f"{flag} {model}: cannot be loaded ({remedy}): {error}")
 
 
 def set_prediction_type(pipeline, prediction_type):
@@ -202,17 +198,34 @@ def set_prediction_type(pipeline, prediction_type):
     pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
 
 
+def draw(pipeline, path, settings, text):
+    """Draw a picture, and write it as a PNG whose text chunks hold its settings and more.
+
+    Args:
+        pipeline (StableDiffusionPipeline): the model, on its device.
+        path (Path): the file to write, in a folder that exists.
+        settings (dict): those of `sample`, by their names.
+        text (dict): what the PNG says besides. Values that are None are left out.
+
+    Returns:
+        PIL.Image.Image: in RGB.
+    """
+    image, chunks = sample(pipeline, **settings), PngInfo()
+    for name, value in (settings | text).items():
+        if value is not None:
+            chunks.add_itxt(name, str(value))
+    image.save(path, pnginfo=chunks)
+    return image
+
+
 def sample(pipeline, prompt, seed, **settings):
-    """Draw one picture with its own generator, on the CPU so that every device starts from the same noise.
+    """Return a picture, drawn by its own generator, on the CPU so that every device starts from the same noise.
 
     Args:
         pipeline (StableDiffusionPipeline): the model, on its device.
         prompt (str): what to draw.
         seed (int): of the starting noise, 0 to 2^32 - 1.
         **settings: as for the pipeline: negative_prompt, num_inference_steps, guidance_scale, height, width.
-
-    Returns:
-        PIL.Image.Image: in RGB.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return pipeline(prompt, generator=generator, **settings).images[0]
@@ -256,15 +269,6 @@ def wrap(text, font, width):
         if all(font.getlength(line) <= width for line in lines):
             break
     return "\n".join(lines)
-
-
-def save_png(image, path, settings):
-    """Write a PNG whose text chunks hold `settings` (values that are None are left out)."""
-    text = PngInfo()
-    for name, value in settings.items():
-        if value is not None:
-            text.add_itxt(name, str(value))
-    image.save(path, pnginfo=text)
 
 
 if __name__ == "__main__":
