@@ -119,17 +119,14 @@ def create_accelerator(args):
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word.
         problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
-    launched = os.environ.get("WORLD_SIZE", "1")
+    launched, kind = os.environ.get("WORLD_SIZE", "1"), accelerator.distributed_type
     if launched != str(accelerator.num_processes):
         problems.append(
             f"WORLD_SIZE {launched}: accelerate sees {accelerator.num_processes} process(es); launch with "
             "accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
         )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in supported:
-        problems.append(
-            f"accelerate's configuration asks for {accelerator.distributed_type}: only plain data parallelism"
-        )
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism")
     stop_if(problems)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -149,9 +146,11 @@ def choose_seed(args, saved, accelerator):
 
 def make_plan(args, rows, accelerator):
     """Return the `Plan`. The size of the base model's UNet is known from its configuration, without its weights."""
-    unet = load_base(
-        lambda *name, **kw: hollow_unet(UNet2DConditionModel.load_config(*name, **kw)), args, subfolder="unet"
-    )
+
+    def load(*name, **kwargs):
+        return hollow_unet(UNet2DConditionModel.load_config(*name, **kwargs))
+
+    unet = load_base(load, args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
     return Plan(args, len(rows.kept), accelerator.num_processes, *sizes)
 
@@ -175,47 +174,50 @@ def check_plan(plan, saved, seed, rows, accelerator):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What the network is trained to predict, and how its errors count. The defaults are the plain loss."""
-
-    alphas_cumprod: torch.Tensor  # ᾱ_t, float32 on the device, shape (timesteps,)
-    prediction_type: str  # "epsilon" or "v_prediction"
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    dream_detail_preservation: float | None = None  # None: no DREAM
-    snr_gamma: float | None = None  # None: every sample counts the same
-
-
-def diffusion_loss(network, latents, encoder_hidden_states, draws, objective):
-    """Return the mean loss of a micro-batch: shape (), float32, with its graph.
+def diffusion_loss(
+    network,
+    latents,
+    encoder_hidden_states,
+    draws,
+    *,
+    alphas_cumprod,
+    prediction_type,
+    noise_offset=0.0,
+    input_perturbation=0.0,
+    dream_detail_preservation=None,
+    snr_gamma=None,
+):
+    """Return the mean loss of a micro-batch: shape (), float32, with its graph. The defaults are the plain loss.
 
     Args:
         network (callable): the UNet, or what it is trained through.
-        latents (torch.Tensor): float32, of about unit variance, shape (batch, 4, h, w).
+        latents (torch.Tensor): x_0, float32, of about unit variance, shape (batch, 4, h, w).
         encoder_hidden_states (torch.Tensor): the encoded captions, float32, shape (batch, 77, width).
         draws (dict[str, torch.Tensor]): `timesteps`, shape (batch,), and noise, as `SampleStream.draw` makes it.
-        objective (Objective): what is to be predicted.
+        alphas_cumprod (torch.Tensor): ᾱ of every timestep, float32, shape (timesteps,).
+        prediction_type (str): what the network predicts, "epsilon" or "v_prediction".
+        noise_offset, input_perturbation (float): scales of additional noise, from 0.
+        dream_detail_preservation (float or None): p of `dream`, which None leaves out.
+        snr_gamma (float or None): γ of `min_snr_weight`; with None every sample counts the same.
     """
     timesteps = draws["timesteps"]
-    alpha_bar = objective.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    noise = draws["noise"] + objective.noise_offset * draws["noise_offset"]
+    alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noise = draws["noise"] + noise_offset * draws["noise_offset"]
     input_noise = noise
-    if objective.input_perturbation:
-        input_noise = noise + objective.input_perturbation * draws["input_perturbation"]
+    if input_perturbation:
+        input_noise = noise + input_perturbation * draws["input_perturbation"]
     noisy_latents = add_noise(latents, input_noise, alpha_bar)
-    target = noise if objective.prediction_type == "epsilon" else velocity(latents, noise, alpha_bar)
+    target = noise if prediction_type == "epsilon" else velocity(latents, noise, alpha_bar)
 
     conditions = timesteps, encoder_hidden_states
-    if objective.dream_detail_preservation is not None:
+    if dream_detail_preservation is not None:
         with torch.no_grad():
             estimate = predict(network, noisy_latents, *conditions)
-        power = objective.dream_detail_preservation
-        noisy_latents, target = dream(noisy_latents, target, noise, estimate, alpha_bar, power)
+        noisy_latents, target = dream(noisy_latents, target, noise, estimate, alpha_bar, dream_detail_preservation)
     prediction = predict(network, noisy_latents, *conditions)
     losses = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
-    if objective.snr_gamma is not None:
-        losses = losses * min_snr_weight(alpha_bar.flatten(), objective.snr_gamma, objective.prediction_type)
+    if snr_gamma is not None:
+        losses = losses * min_snr_weight(alpha_bar.flatten(), snr_gamma, prediction_type)
     return losses.mean()
 
 
@@ -395,10 +397,10 @@ def leave_if_asked(run, signals):
 
 def create_loader(run):
     """Return a loader that yields, for each step still to be done, this process's share of its samples."""
-    steps, rank = range(run.step, run.plan.max_steps), run.accelerator.process_index
+    positions = functools.partial(run.plan.positions, rank=run.accelerator.process_index)
     return torch.utils.data.DataLoader(
         run.stream,
-        batch_sampler=map(functools.partial(run.plan.positions, rank=rank), steps),
+        batch_sampler=map(positions, range(run.step, run.plan.max_steps)),
         num_workers=run.args.dataloader_num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=run.accelerator.device.type == "cuda",
@@ -415,7 +417,7 @@ def train_step(run, batch):
         dict: the step's metrics; loss and gradient norm are tensors on the device, shape ().
     """
     while (loss := add_gradients(run, batch)) is None:
-        run.optimizer.zero_grad()  # and once more, with smaller micro-batches
+        run.optimizer.adamw.zero_grad()  # and once more, with smaller micro-batches
         clear_device_cache(garbage_collection=True)
     gradient_norm = clip_gradients(run)
     run.consistent = False
@@ -466,7 +468,7 @@ def add_gradients(run, batch):
 def micro_batch_loss(run, micro_batch):
     """Return the mean training loss of a micro-batch, a dictionary of the stream's samples on the device."""
     latents, encoder_hidden_states = run.frozen.encode(micro_batch)
-    return diffusion_loss(run.network, latents, encoder_hidden_states, micro_batch, run.objective)
+    return diffusion_loss(run.network, latents, encoder_hidden_states, micro_batch, **run.loss_options)
 
 
 def clip_gradients(run):
@@ -489,8 +491,7 @@ class Optimizer:
 
     def __init__(self, args, plan, unet, accelerator):
         adamw = create_adamw(args, plan, unet)
-        # The schedule gives the factor of a step's rate. It is never advanced, saved or handed to accelerate.
-        schedule = get_scheduler(
+        schedule = get_scheduler(  # gives the factor of a step's rate; never advanced, saved or handed to accelerate
             args.lr_scheduler, adamw, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
         )
         self.accelerator, self.peak_rate, self.factor = accelerator, plan.learning_rate, schedule.lr_lambdas[0]
@@ -502,30 +503,26 @@ class Optimizer:
         self.loss_scale, self.skipped_in_a_row = None, 0  # fp16 only
 
     def step(self, step, loss, gradient_norm):
-        """Update the weights with the rate of `step` (from 0), if all was finite so far; return what there is to log."""
-        scaler, metrics = self.accelerator.scaler, {"lr": self.peak_rate * self.factor(step)}
-        set_learning_rate(self.adamw, metrics["lr"])
+        """Update the weights with the rate of `step` (from 0), if all was finite so far; return metrics to log."""
+        scaler, rate = self.accelerator.scaler, self.peak_rate * self.factor(step)
+        for group in self.adamw.param_groups:
+            if torch.is_tensor(group["lr"]):  # torchao's compiled step reads the rate from a tensor
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         if scaler and self.loss_scale is None:
             self.loss_scale = scaler.get_scale()
         self.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
         if self.fused or scaler or not self.nonfinite.item():  # torchao's optimizer does not look at the flag
             self.adamw.step()
         self.adamw.zero_grad()
-        if scaler:
-            # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
-            before, self.loss_scale = self.loss_scale, scaler.get_scale()
-            metrics["skipped"] = float(self.loss_scale < before)
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
-        return metrics
-
-
-def set_learning_rate(adamw, value):
-    """Set the learning rate of all parameters; torchao keeps it in a tensor, which its compiled step reads."""
-    for group in adamw.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
+        if scaler is None:
+            return {"lr": rate}
+        # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
+        before, self.loss_scale = self.loss_scale, scaler.get_scale()
+        skipped = self.loss_scale < before
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return {"lr": rate, "skipped": float(skipped)}
 
 
 class Average:
@@ -561,18 +558,6 @@ class Average:
             self.update_on_host.result()
         return self.ema.shadow_params
 
-    @contextlib.contextmanager
-    def in_place_of(self, weights):
-        """Give the parameters `weights` the values of the average. Their own wait in the host's memory meanwhile."""
-        self.settled()
-        weights = list(weights)
-        self.ema.store(weights)
-        self.ema.copy_to(weights)
-        try:
-            yield
-        finally:
-            self.ema.restore(weights)
-
 
 @torch.no_grad()
 def average_on_host(averages, weights, weight, arrived):
@@ -596,11 +581,9 @@ class Progress:
         self.loss = math.nan  # of the last step that was read
 
     def start(self):
-        """Show the bar."""
-        run = self.run
-        self.bar = tqdm(
-            total=run.plan.max_steps, initial=run.step, desc="Steps", disable=not run.accelerator.is_local_main_process
-        )
+        """Show the bar, and start the clock."""
+        shown = self.run.accelerator.is_local_main_process
+        self.bar = tqdm(total=self.run.plan.max_steps, initial=self.run.step, desc="Steps", disable=not shown)
         self.restart_clock()
 
     def restart_clock(self):
@@ -661,25 +644,29 @@ class Tracker:
 
     def start(self, run):
         """Start it, with all arguments as its configuration, if there is a step to log."""
-        args, options = run.args, {}
+        args, options = run.args, {"wandb": {"dir": self.folder, "name": EXPERIMENT_NAME}}
         if self.name == "none" or run.step == run.plan.max_steps:
             return
-        if self.accelerator.is_main_process:
-            os.makedirs(self.folder, exist_ok=True)
-            options["wandb"] = {"dir": self.folder, "name": EXPERIMENT_NAME}
-            if self.name == "swanlab":
-                options["swanlab"] = swanlab_options(self.folder)
+        os.makedirs(self.folder, exist_ok=True)
+        if self.name == "swanlab":
+            import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
+
+            options["swanlab"] = {"name": swanlab.Settings().experiment.name or EXPERIMENT_NAME}
+            if not {"SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"} & os.environ.keys():
+                options["swanlab"]["log_dir"] = self.folder
         plain = (bool, int, float, str)  # all that TensorBoard takes
         config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
         config["seed"] = run.stream.seed
         start = functools.partial(self.accelerator.init_trackers, args.tracker_project_name, config)
         try:
             start(options)
-        except Exception as error:  # a key that is refused, a server out of reach
+        except Exception as error:  # no key and no terminal to ask on, a key that is refused, a server out of reach
             print(f"warning: {self.name} cannot start: {error}")
             self.accelerator.trackers.clear()  # accelerate lists it all the same
             if self.name == "swanlab":
-                print(f"Offline run in {self.folder}: upload it with swanlab sync.")
+                print(
+                    f"Offline run in {options['swanlab'].get('log_dir', 'SWANLAB_LOG_DIR')}: upload it with swanlab sync."
+                )
                 self.attempt(start, {"swanlab": options["swanlab"] | {"mode": "offline", "reinit": True}})
 
     def attempt(self, send, *args, **kwargs):
@@ -714,27 +701,6 @@ class Tracker:
                 self.attempt(tracker.tracker.finish, state=state, error=reason)
             else:
                 self.attempt(tracker.finish)
-
-
-def swanlab_options(folder):
-    """Return the options of `swanlab.init` that the environment leaves open.
-
-    SwanLab online wants an API key. Where there is none, and no terminal to ask on, the run is kept in `folder`, to be
-    uploaded later.
-    """
-    import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
-
-    settings, options = swanlab.Settings(), {}
-    if not settings.experiment.name:
-        options["name"] = EXPERIMENT_NAME
-    if not {"SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"} & os.environ.keys():
-        options["log_dir"] = folder
-    terminal = sys.stdin is not None and sys.stdin.isatty()
-    if settings.mode == "online" and not settings.api_key and not terminal:
-        place = options.get("log_dir", settings.log_dir)
-        print(f"SwanLab: no API key and no terminal to ask on. Offline run in {place}: upload it with swanlab sync.")
-        options["mode"] = "offline"
-    return options
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -800,24 +766,25 @@ class NotFinite(sd_config.ReportedError):
 @contextlib.contextmanager
 def rescued(run):
     """Whatever ends the run: save what was trained, close the tracker, and leave with a message and an exit code."""
-    code, accelerator = 0, run.accelerator
+    code, accelerator, alone = 0, run.accelerator, False
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:  # after a signal: all processes come here at the same step
         code = getattr(end, "code", 130)
     except Exception as error:
         code = getattr(error, "code", 1)
+        alone = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
         explain(error, accelerator)
         traceback.clear_frames(error.__traceback__)  # if memory has run out, they hold what fills it
         rescue(run, error)
-        if accelerator.num_processes > 1 and not isinstance(error, NotFinite):
-            # The others may wait for this process for ever; once it has ended, the launcher ends them.
-            explain_end(run)
-            sys.stdout.flush()
-            os._exit(code)
+    if code and (alone or accelerator.is_main_process):
+        last = run.checkpoints.last
+        how = ": add --resume_from_checkpoint latest to go on from there" if last else ""
+        print(f"Stopped at step {run.step}. Last checkpoint: {last or 'none'}{how}", file=sys.stderr)
+    if alone:  # the others may wait for this process for ever; once it has ended, the launcher ends them
+        sys.stdout.flush()
+        os._exit(code)
     run.tracker.finish(code, run.step)
-    if code and accelerator.is_main_process:
-        explain_end(run)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
     if code:
@@ -848,13 +815,6 @@ def explain(error, accelerator):
         print(f"\nerror: {message.strip()}", file=sys.stderr)
 
 
-def explain_end(run):
-    """Print at which step the run has stopped, and how to go on."""
-    last = run.checkpoints.last
-    how = ": add --resume_from_checkpoint latest to go on from there" if last else ""
-    print(f"Stopped at step {run.step}. Last checkpoint: {last or 'none'}{how}", file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The run: models, optimizer, and where it stands
 # ------------------------------------------------------------------------------------------------------------
@@ -875,14 +835,23 @@ class Run:
         self.step = 0  # steps done
         self.consistent = True  # weights, moments, average and step number belong together, and may be saved
         self.frozen = Frozen(pipeline, accelerator)
-        self.stream = create_stream(self.frozen, args, seed, rows, len(noise_scheduler.alphas_cumprod))
+        latent_shape = pipeline.vae.config.latent_channels, *2 * [args.resolution // pipeline.vae_scale_factor]
+        timesteps = len(noise_scheduler.alphas_cumprod)
+        self.stream = SampleStream(rows, self.frozen.tokenizer, args, seed, latent_shape, timesteps)
         self.held_out = None  # on the main process: the samples of --validation_samples, encoded, on the host
         if rows.held_out and accelerator.is_main_process:
             self.held_out = encode_held_out(self.stream, self.frozen)
         if plan.encoded:
             self.stream.encoded = encode_rows(self.stream, plan, self.frozen, accelerator)
             self.frozen.move("cpu")
-        self.objective = create_objective(args, noise_scheduler, accelerator.device)
+        self.loss_options = {  # of `diffusion_loss`
+            "alphas_cumprod": noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
+            "prediction_type": noise_scheduler.config.prediction_type,
+            "noise_offset": args.noise_offset,
+            "input_perturbation": args.input_perturbation,
+            "dream_detail_preservation": args.dream_detail_preservation if args.dream_training else None,
+            "snr_gamma": args.snr_gamma,
+        }
         self.average = Average(ema_unet, accelerator.device, on_host=args.low_memory) if args.use_ema else None
         self.unet = prepare_unet(pipeline.unet, args, accelerator)  # the weights that are trained
         # What they are trained through: compiled, and as accelerate prepares it.
@@ -907,25 +876,15 @@ class Frozen:
         self.pipeline = pipeline
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         self.vae, self.text_encoder = (
-            copy.deepcopy(part).requires_grad_(False).eval().to(dtype) for part in (pipeline.vae, pipeline.text_encoder)
+            copy.deepcopy(part).requires_grad_(False).eval().to(accelerator.device, dtype)
+            for part in (pipeline.vae, pipeline.text_encoder)
         )
         self.tokenizer = copy.deepcopy(pipeline.tokenizer)  # a tokenizer remembers how it was used
-        self.move(accelerator.device)
 
     def move(self, device):
         """Move the copies to a device."""
         self.vae.to(device)
         self.text_encoder.to(device)
-
-    @contextlib.contextmanager
-    def on(self, device):
-        """Have the copies on a device for as long as this is entered."""
-        home = self.vae.device
-        self.move(device)
-        try:
-            yield
-        finally:
-            self.move(home)
 
     def encode(self, micro_batch):
         """Return latents and hidden states, as `diffusion_loss` takes them, from pictures and captions or encodings."""
@@ -947,25 +906,6 @@ class Frozen:
     def encode_captions(self, input_ids):
         """Return what the UNet attends to, one vector for each token: float32, shape (batch, 77, width)."""
         return self.text_encoder(input_ids.to(self.text_encoder.device))[0].float()
-
-
-def create_stream(frozen, args, seed, rows, num_train_timesteps):
-    """Return the stream of samples, whose noise has the shape of the base model's latents."""
-    side = args.resolution // frozen.pipeline.vae_scale_factor
-    latent_shape = frozen.vae.config.latent_channels, side, side
-    return SampleStream(rows, frozen.tokenizer, args, seed, latent_shape, num_train_timesteps)
-
-
-def create_objective(args, noise_scheduler, device):
-    """Return what the network is trained to predict."""
-    return Objective(
-        noise_scheduler.alphas_cumprod.to(device, torch.float32),
-        noise_scheduler.config.prediction_type,
-        noise_offset=args.noise_offset,
-        input_perturbation=args.input_perturbation,
-        dream_detail_preservation=args.dream_detail_preservation if args.dream_training else None,
-        snr_gamma=args.snr_gamma,
-    )
 
 
 def load_base(loader, args, **kwargs):
@@ -1068,12 +1008,8 @@ def prepare_unet(unet, args, accelerator):
 
 def create_adamw(args, plan, unet):
     """Return AdamW over all of the UNet's weights: torch's in one fused kernel, or torchao's with 8-bit moments."""
-    settings = {
-        "lr": plan.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
+    settings = {"lr": plan.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settings["weight_decay"] = args.adam_weight_decay
     if args.use_8bit_adam:
         from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
 
@@ -1156,7 +1092,9 @@ def load_rows(args, tokenizer, seed, accelerator):
         accelerator.print(f"note: left out {describe(table, number, args)}: {bad[number]}")
     limit = args.max_train_samples
     numbers = range(len(table)) if limit is None or limit >= len(table) else permutation(seed, "subset", len(table))
-    held_out = choose_held_out(len(table), bad, args.validation_samples)
+    # The same rows in every run on a data set, whatever its seed.
+    held_out = [number for number in permutation("held out", 0, len(table)) if number not in bad]
+    held_out = held_out[: args.validation_samples]
     left_out = {*bad, *held_out}
     kept = [number for number in numbers if number not in left_out][:limit]
     if not kept:
@@ -1165,11 +1103,6 @@ def load_rows(args, tokenizer, seed, accelerator):
     if limit is not None and limit > len(kept):
         accelerator.print(f"note: --max_train_samples {limit}: there are {len(kept)} to train on, all used")
     return Rows(table, fingerprint, bad, kept, held_out, captions)
-
-
-def choose_held_out(length, bad, count):
-    """Return the numbers of `count` rows, without bad ones: the same in every run on a data set, whatever its seed."""
-    return [number for number in permutation("held out", 0, length) if number not in bad][:count] if count else []
 
 
 def read_dataset(args):
@@ -1199,20 +1132,18 @@ def read_dataset(args):
 
 def check_columns(table, args):
     """Exit with code 2 unless both columns are there and one holds images."""
-    columns = ", ".join(table.column_names)
+    columns, feature = ", ".join(table.column_names), table.features.get(args.image_column)
     flags = {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    problems = [f"{k} {v}: the columns are {columns}" for k, v in flags.items() if v not in table.column_names]
-    if not problems and not isinstance(table.features[args.image_column], datasets.Image):
-        feature = table.features[args.image_column]
-        problems.append(f"--image_column {args.image_column}: holds {feature}, not images")
-    stop_if(problems)
+    stop_if([f"{flag} {name}: the columns are {columns}" for flag, name in flags.items() if name not in table.features])
+    if not isinstance(feature, datasets.Image):
+        stop_if([f"--image_column {args.image_column}: holds {feature}, not images"])
 
 
 def check_captions(captions, column, tokenizer, accelerator):
     """Exit with code 2 if a caption is missing or empty; say how many are longer than the text encoder reads."""
-    bad = [index for index, texts in enumerate(captions) if not texts]
+    bad = [str(index) for index, texts in enumerate(captions) if not texts]
     if bad:
-        rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        rows = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
         stop_if([f"--caption_column {column}: {len(bad)} row(s) without a caption, or with an empty one: {rows}"])
     texts, limit = sorted({text for texts in captions for text in texts}), tokenizer.model_max_length
     cut = sum(len(ids) > limit for ids in tokenizer(texts, truncation=False, verbose=False).input_ids)
@@ -1257,23 +1188,23 @@ def read_pictures(table, args):
     fingerprint = digest.hexdigest()[:16]
     if args.skip_bad_rows:
         file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.arrow")
-        decode = functools.partial(decode_rows, table, args)
+
+        def decode(numbers):
+            return [decoding_fault(table, number, args) for number in numbers]
+
         with exit_on(OSError):
             faults = map_once(decode, len(table), 1, file, "Decoding every picture")
         bad = {number: fault for number, fault in enumerate(faults["values"]) if fault} | bad
     return fingerprint, dict(sorted(bad.items()))
 
 
-def decode_rows(table, args, numbers):
-    """Return what keeps the pictures of rows from being decoded, each in words, or "" if nothing does."""
-    faults = []
-    for number in numbers:
-        try:
-            to_rgb(table[number][args.image_column])
-            faults.append("")
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            faults.append(f"{type(error).__name__}: {error}")
-    return faults
+def decoding_fault(table, number, args):
+    """Return what keeps a row's picture from being decoded, in words, or "" if nothing does."""
+    try:
+        to_rgb(table[number][args.image_column])
+        return ""
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        return f"{type(error).__name__}: {error}"
 
 
 def map_once(function, count, batch_size, file, description):
@@ -1458,12 +1389,12 @@ def measure(run, name):
     """
     if run.held_out is None:
         return
-    plain = Objective(run.objective.alphas_cumprod, run.objective.prediction_type)
+    plain = {name: run.loss_options[name] for name in ("alphas_cumprod", "prediction_type")}
     device, losses = run.accelerator.device, []
     for index in range(len(run.stream.rows.held_out)):  # one at a time fits always, and rounds always the same
         sample = {key: values[index : index + 1].to(device) for key, values in run.held_out.items()}
         with run.accelerator.autocast():
-            losses.append(diffusion_loss(run.unet, *run.frozen.encode(sample), sample, plain))
+            losses.append(diffusion_loss(run.unet, *run.frozen.encode(sample), sample, **plain))
     value = torch.stack(losses).mean().item()
     run.tracker.log({name: value}, run.step)
     tqdm.write(f"Step {run.step}: {name} {value:.4f}")
@@ -1480,7 +1411,7 @@ def validate(run, signals, *, missing_only=False):
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
         hidden = sd_config.hidden_beside(folder)
         measure(run, "val/loss")
-        with averaged_weights(run), run.frozen.on(run.accelerator.device):
+        with drawing(run):
             if run.average:
                 measure(run, "val/loss_ema")
             images = list(draw_prompts(run, hidden, signals)) if prompts else []
@@ -1492,12 +1423,25 @@ def validate(run, signals, *, missing_only=False):
 
 
 @contextlib.contextmanager
-def averaged_weights(run):
-    """Give the UNet its averaged weights, if there is an average, for as long as this is entered."""
+def drawing(run):
+    """Give the UNet its averaged weights, and the device what encodes and decodes, for as long as this is entered.
+
+    The weights meanwhile wait in the host's memory.
+    """
+    weights, home = list(run.unet.parameters()), run.frozen.vae.device
+    run.frozen.move(run.accelerator.device)
     run.consistent = False
-    with run.average.in_place_of(run.unet.parameters()) if run.average else contextlib.nullcontext():
+    if run.average:
+        run.average.settled()
+        run.average.ema.store(weights)
+        run.average.ema.copy_to(weights)
+    try:
         yield
-    run.consistent = True
+    finally:
+        if run.average:
+            run.average.ema.restore(weights)
+        run.consistent = True
+        run.frozen.move(home)
 
 
 def draw_prompts(run, folder, signals):
@@ -1508,14 +1452,10 @@ def draw_prompts(run, folder, signals):
     parts |= {"tokenizer": run.frozen.tokenizer, "safety_checker": None}
     pipeline = StableDiffusionPipeline(**{**run.frozen.pipeline.components, **parts}, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    infer.set_prediction_type(pipeline, run.objective.prediction_type)
-    settings = {
-        "seed": run.stream.seed,
-        "num_inference_steps": VALIDATION_STEPS,
-        "guidance_scale": run.args.validation_guidance_scale,
-        "height": run.args.resolution,
-        "width": run.args.resolution,
-    }
+    infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
+    settings = {"seed": run.stream.seed, "num_inference_steps": VALIDATION_STEPS}
+    settings["guidance_scale"] = run.args.validation_guidance_scale
+    settings["height"] = settings["width"] = run.args.resolution
     saved = run.plan.saves_after(run.step) or run.checkpoints.last_step == run.step
     checkpoint = {"checkpoint": sd_config.checkpoint_folder(run.args.output_dir, run.step)}
     with run.accelerator.autocast():
@@ -1646,7 +1586,7 @@ def trainer_state(run):
         ema_step=run.average.ema.optimization_step if run.average else None,
         scaler=scaler.state_dict() if scaler else None,
         loss=run.progress.loss,
-        prediction_type=run.objective.prediction_type,
+        prediction_type=run.loss_options["prediction_type"],
         micro_batch_size=run.micro_batch_size,
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,
         args=plain_args(run.args, run.accelerator),
@@ -1668,7 +1608,7 @@ def export(run):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with sd_config.written_whole(output / ".export", f"the pipeline in {output}", run.plan.export_bytes) as staging:
-            infer.set_prediction_type(pipeline, run.objective.prediction_type)
+            infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
             if run.average:
                 pipeline.unet = unet_with(average_by_name(run), run.unet.config)
             pipeline.save_pretrained(staging)
