@@ -101,6 +101,7 @@ if __name__ == "__main__":
     sd_config.announce_imports()
 
 import diffusers
+import safetensors
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -178,18 +179,43 @@ def open_pipeline(args, dtype):
 
 
 def load(loader, flag, model, **kwargs):
-    """Return `loader(model, **kwargs)`, or exit with code 2 and a message.
-
-    Args:
-        loader (callable): `from_pretrained` of a pipeline, of a part of one, or of a tokenizer.
-        flag (str): the flag that named the model.
-        model (str or Path): a local folder or a Hub id.
-    """
+    """Return `loader(model, **kwargs)`, or exit with code 2 and a message that names `flag`, which named the model."""
     try:
         return loader(model, **kwargs)
     except Exception as error:  # the libraries raise many kinds for what is wrong with a file
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
         return sd_config.stop(f"{flag} {model}: cannot be loaded ({remedy}): {error}")
+
+
+def restore_precision(pipeline, flag, variant=None):
+    """Return the parts of a pipeline that are not trained to the precision of the files that they came from.
+
+    diffusers loads half-precision files as float32. Exits with code 2, naming `flag`, if a file lacks tensors: without
+    a word, transformers would have made them up.
+    """
+    for name in ("unet", "vae", "text_encoder", "safety_checker"):
+        part = getattr(pipeline, name)
+        dtypes = stored_dtypes(part, variant) if part is not None else []
+        expected = sum(tensor.is_floating_point() for tensor in part.state_dict().values()) if dtypes else 0
+        if len(dtypes) < expected:
+            sd_config.stop(
+                f"{flag} {pipeline.config._name_or_path}: {name} has {len(dtypes)} of its {expected} tensors"
+            )
+        if dtypes and name != "unet":
+            part.to(dtypes[0])
+
+
+def stored_dtypes(model, variant):
+    """Return the dtypes of the floating-point tensors in the safetensors file that a model came from, if any."""
+    folder, stems = Path(model.config._name_or_path), ("diffusion_pytorch_model", "model")
+    files = [folder / f"{stem}{infix}.safetensors" for infix in (f".{variant}", "") for stem in stems]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return []
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with safetensors.safe_open(file, "pt") as tensors:
+        names = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (not a dictionary)
+    return [dtypes[name] for name in names if name in dtypes]
 
 
 def set_prediction_type(pipeline, prediction_type):
@@ -199,16 +225,10 @@ def set_prediction_type(pipeline, prediction_type):
 
 
 def draw(pipeline, path, settings, text):
-    """Draw a picture, and write it as a PNG whose text chunks hold its settings and more.
+    """Draw a picture and write it as a PNG, whose text chunks hold its settings and more. Return it, a PIL image.
 
-    Args:
-        pipeline (StableDiffusionPipeline): the model, on its device.
-        path (Path): the file to write, in a folder that exists.
-        settings (dict): those of `sample`, by their names.
-        text (dict): what the PNG says besides. Values that are None are left out.
-
-    Returns:
-        PIL.Image.Image: in RGB.
+    `settings` are those of `sample`, by their names; `text` is what the PNG says besides. In the text, values that are
+    None are left out. The folder of `path` must exist.
     """
     image, chunks = sample(pipeline, **settings), PngInfo()
     for name, value in (settings | text).items():

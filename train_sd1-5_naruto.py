@@ -17,7 +17,7 @@ in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, res
 import signal
 
 import sd_config
-from sd_config import Plan, exit_on, stop, stop_if
+from sd_config import Plan, exit_on, stop_if
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
@@ -46,7 +46,6 @@ import accelerate
 import datasets
 import numpy as np
 import psutil
-import safetensors
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
@@ -100,37 +99,6 @@ def main(args):
         with rescued(run):
             train(run)
             export(run)
-
-
-def create_accelerator(args):
-    """Return accelerate's Accelerator: device, processes, precision, accumulation, trackers."""
-    try:
-        accelerator = accelerate.Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            # The others wait while the first downloads, validates and saves: the usual ten minutes may be too few.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
-        )
-    except (ValueError, ImportError) as error:  # a precision that the device lacks, an incomplete launch
-        stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
-    problems = []
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate would train in float32 without a word.
-        problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
-    launched, kind = os.environ.get("WORLD_SIZE", "1"), accelerator.distributed_type
-    if launched != str(accelerator.num_processes):
-        problems.append(
-            f"WORLD_SIZE {launched}: accelerate sees {accelerator.num_processes} process(es); launch with "
-            "accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
-        )
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism")
-    stop_if(problems)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
 
 
 def choose_seed(args, saved, accelerator):
@@ -410,11 +378,8 @@ def create_loader(run):
 def train_step(run, batch):
     """Do one optimizer step, without making the host wait (but for one number under fp16 and with 8-bit moments).
 
-    Args:
-        batch (dict[str, torch.Tensor]): this process's samples of the step, on the host.
-
-    Returns:
-        dict: the step's metrics; loss and gradient norm are tensors on the device, shape ().
+    `batch` holds this process's samples of the step, on the host. Of the metrics returned, loss and gradient norm are
+    tensors on the device, shape ().
     """
     while (loss := add_gradients(run, batch)) is None:
         run.optimizer.adamw.zero_grad()  # and once more, with smaller micro-batches
@@ -437,9 +402,8 @@ def train_step(run, batch):
 def add_gradients(run, batch):
     """Run forward and backward over a step's samples, a micro-batch at a time, so that their gradients add up.
 
-    Returns:
-        torch.Tensor or None: the mean loss, shape (). None if memory ran out: then only part of the gradients was
-        added, and the micro-batches are smaller from now on.
+    Returns the mean loss, shape (); or None if memory ran out: then only part of the gradients was added, and the
+    micro-batches are smaller from now on.
     """
     accelerator, losses, size = run.accelerator, [], run.micro_batch_size
     starts = range(0, run.plan.batch_per_process, size)
@@ -545,12 +509,11 @@ class Average:
         if not self.on_host:
             get_ema_multi_avg_fn(decay)(self.ema.shadow_params, weights, None)
             return
-        averages, arrived = self.settled(), None
-        copies = copied_to_host(dict(enumerate(weights))).values()
+        copies, arrived = copied_to_host(dict(enumerate(weights))).values(), None
         if weights[0].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self.update_on_host = self.thread.submit(average_on_host, averages, copies, 1 - decay, arrived)
+        self.update_on_host = self.thread.submit(average_on_host, self.settled(), copies, 1 - decay, arrived)
 
     def settled(self):
         """Return the averaged weights as a list, once the thread is done with them."""
@@ -664,9 +627,8 @@ class Tracker:
             print(f"warning: {self.name} cannot start: {error}")
             self.accelerator.trackers.clear()  # accelerate lists it all the same
             if self.name == "swanlab":
-                print(
-                    f"Offline run in {options['swanlab'].get('log_dir', 'SWANLAB_LOG_DIR')}: upload it with swanlab sync."
-                )
+                place = options["swanlab"].get("log_dir", os.environ.get("SWANLAB_LOG_DIR"))
+                print(f"Offline run in {place}: upload it with swanlab sync.")
                 self.attempt(start, {"swanlab": options["swanlab"] | {"mode": "offline", "reinit": True}})
 
     def attempt(self, send, *args, **kwargs):
@@ -686,12 +648,11 @@ class Tracker:
         """Send validation pictures with their captions; each tracker has a way of its own."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                images = {"validation": np.stack(images)}
-                self.attempt(tracker.log_images, images, step=step, dataformats="NHWC")
+                tracker.log_images({"validation": np.stack(images)}, step=step, dataformats="NHWC")
             else:
                 library = __import__(tracker.name)  # swanlab and wandb agree on the class and its arguments
                 pictures = [library.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-                self.attempt(tracker.log, {"validation": pictures}, step=step)
+                tracker.log({"validation": pictures}, step=step)
 
     def finish(self, code, step):
         """Close the tracker's run; SwanLab is told how it ended, by the process's exit code."""
@@ -818,6 +779,37 @@ def explain(error, accelerator):
 # ------------------------------------------------------------------------------------------------------------
 # The run: models, optimizer, and where it stands
 # ------------------------------------------------------------------------------------------------------------
+
+
+def create_accelerator(args):
+    """Return accelerate's Accelerator: device, processes, precision, accumulation, trackers."""
+    try:
+        accelerator = accelerate.Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+            # The others wait while the first downloads, validates and saves: the usual ten minutes may be too few.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
+        )
+    except (ValueError, ImportError) as error:  # a precision that the device lacks, an incomplete launch
+        stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
+    problems = []
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 without a word.
+        problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
+    launched, kind = os.environ.get("WORLD_SIZE", "1"), accelerator.distributed_type
+    if launched != str(accelerator.num_processes):
+        problems.append(
+            f"WORLD_SIZE {launched}: accelerate sees {accelerator.num_processes} process(es); launch with "
+            "accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
+        )
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism")
+    stop_if(problems)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
 
 
 class Run:
@@ -949,30 +941,8 @@ def load_models(args):
         unet = load(checkpoint, subfolder="unet")
         ema_unet = load(checkpoint, subfolder="unet_ema") if args.use_ema else unet
         pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, unet=unet, **weights)
-    for name in ("unet", "vae", "text_encoder", "safety_checker"):
-        part = getattr(pipeline, name)
-        dtypes = stored_dtypes(part, args.variant) if part is not None else []
-        expected = sum(tensor.is_floating_point() for tensor in part.state_dict().values()) if dtypes else 0
-        if len(dtypes) < expected:  # transformers would have made up the others
-            base = args.pretrained_model_name_or_path
-            stop(f"--pretrained_model_name_or_path {base}: {name} has {len(dtypes)} of its {expected} tensors")
-        # Half-precision files may have been loaded as float32. What is exported untouched goes back to what it was.
-        if dtypes and name != "unet":
-            part.to(dtypes[0])
+    infer.restore_precision(pipeline, "--pretrained_model_name_or_path", args.variant)
     return pipeline, ema_unet
-
-
-def stored_dtypes(model, variant):
-    """Return the dtypes of the floating-point tensors in the safetensors file that a model came from, if any."""
-    folder, stems = Path(model.config._name_or_path), ("diffusion_pytorch_model", "model")
-    files = [folder / f"{stem}{infix}.safetensors" for infix in (f".{variant}", "") for stem in stems]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return []
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with safetensors.safe_open(file, "pt") as tensors:
-        names = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (not a dictionary)
-    return [dtypes[name] for name in names if name in dtypes]
 
 
 def hollow_unet(config):
@@ -1167,9 +1137,8 @@ def tokenize(tokenizer, texts):
 def read_pictures(table, args):
     """Read every picture's file once; with --skip_bad_rows decode each too, unless an earlier run did.
 
-    Returns:
-        tuple[str, dict[int, str]]: a fingerprint of the data set, which changes with any caption and any byte of a
-        picture; and what is wrong with each row whose picture is not usable.
+    Returns a fingerprint of the data set, which changes with any caption and any byte of a picture, and a dictionary:
+    number of a row -> what is wrong with its picture.
     """
     digest, bad = hashlib.sha256(), {}
     files = table.cast_column(args.image_column, datasets.Image(decode=False))
@@ -1210,20 +1179,15 @@ def decoding_fault(table, number, args):
 def map_once(function, count, batch_size, file, description):
     """Return what `function` makes of the numbers below `count`, computed once and kept in `file`.
 
-    Args:
-        function (callable): maps a list of numbers, `batch_size` of them, to a list of values or an array of rows.
-        file (Path): written under another name, and renamed when whole.
-
-    Returns:
-        datasets.Dataset: with the column `values`.
+    `function` maps a list of numbers, `batch_size` of them, to a list of values or an array of rows. What it returns
+    is the column `values` of the data set returned. The file is written under another name, and renamed when whole.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return datasets.Dataset.from_file(str(file))
-    except FileNotFoundError:
-        pass
-    except Exception:  # damaged, as by a power cut
-        file.unlink()
+    if file.exists():
+        try:
+            return datasets.Dataset.from_file(str(file))
+        except Exception:  # damaged, as by a power cut
+            file.unlink()
     return datasets.Dataset.from_dict({"number": range(count)}).map(
         lambda batch: {"values": function(batch["number"])},
         batched=True,
@@ -1245,13 +1209,8 @@ def describe(table, number, args):
 def to_pixels(image, resolution, interpolation, *, crop, flip):
     """Return a picture as a square float32 tensor in [-1, 1], shape (3, resolution, resolution).
 
-    Args:
-        image (PIL.Image.Image): of any size; `to_rgb` says of which modes.
-        resolution (int): the shorter side is resized to it.
-        interpolation (str): name of the filter, as PIL calls it.
-        crop (tuple[float, float] or None): where to crop, as fractions in [0, 1) of the room there is from the top and
-            from the left; None crops the centre.
-        flip (bool): mirror left to right.
+    The shorter side is resized to `resolution`, with the filter that PIL calls `interpolation`. `crop` says what is
+    kept of the longer one, as fractions in [0, 1) of the room at the top and at the left; None keeps the centre.
     """
     image = TF.resize(to_rgb(image), resolution, InterpolationMode(interpolation))
     if crop is None:
@@ -1260,9 +1219,7 @@ def to_pixels(image, resolution, interpolation, *, crop, flip):
         rooms = (image.height - resolution + 1, image.width - resolution + 1)
         top, left = (int(fraction * room) for fraction, room in zip(crop, rooms, strict=True))
         image = TF.crop(image, top, left, resolution, resolution)
-    if flip:
-        image = TF.hflip(image)
-    return TF.to_tensor(image) * 2 - 1
+    return TF.to_tensor(TF.hflip(image) if flip else image) * 2 - 1
 
 
 def to_rgb(image):
@@ -1306,22 +1263,15 @@ class Encoded:
         """Return the encodings that a sample of row `index` needs, in the shapes that `Frozen.encode` takes."""
         moments = self.pictures[self.views * index + int(flipped)]["values"]
         hidden_states = self.captions[self.numbers[caption]]["values"]
-        return {
-            "moments": moments.view(2, *self.latent_shape),
-            "encoder_hidden_states": hidden_states.view(77, -1),
-        }
+        return {"moments": moments.view(2, *self.latent_shape), "encoder_hidden_states": hidden_states.view(77, -1)}
 
 
 def encode_rows(stream, plan, frozen, accelerator):
-    """Return the `Encoded` rows, found where an earlier run left them, or made now.
-
-    The folder's name is a hash of everything that they depend on.
-    """
-    rows, args = stream.rows, stream.args
-    ids = tokenize(stream.tokenizer, rows.texts)
+    """Return the `Encoded` rows, made now or by an earlier run: the folder's name is a hash of all they depend on."""
+    rows, args, ids = stream.rows, stream.args, tokenize(stream.tokenizer, stream.rows.texts)
     transform = args.resolution, args.image_interpolation_mode, plan.views
-    digests = digest(frozen.vae), digest(frozen.text_encoder)
-    key = (rows.fingerprint, rows.kept, transform, ids.tolist(), frozen.vae.dtype, *digests)
+    models = frozen.vae.dtype, digest(frozen.vae), digest(frozen.text_encoder)
+    key = (rows.fingerprint, rows.kept, transform, ids.tolist(), *models)
     folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
     def encode_views(indices):  # mirrored before they are encoded: the latents of a mirrored picture are not mirrored
@@ -1417,7 +1367,7 @@ def validate(run, signals, *, missing_only=False):
             images = list(draw_prompts(run, hidden, signals)) if prompts else []
         if prompts and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
-            run.tracker.log_images(images, prompts, run.step)
+            run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
             sd_config.put_in_place(hidden, folder)
     run.accelerator.wait_for_everyone()
 
@@ -1474,10 +1424,7 @@ def draw_prompts(run, folder, signals):
 
 
 class Checkpoints:
-    """Saves the run. The state is copied to the host's memory and written by a thread while the training goes on.
-
-    The training waits if that memory has no room for a copy.
-    """
+    """Saves the run: a thread writes a copy of its state while the training goes on, if memory has room for a copy."""
 
     def __init__(self, plan, accelerator):
         self.plan, self.accelerator = plan, accelerator
@@ -1504,10 +1451,8 @@ class Checkpoints:
 
     def finish(self, wait=True):
         """Take note of the checkpoint being written, if it is ready (`wait` for that), or raise what went wrong."""
-        if self.saving is None:
-            return
-        final, writing = self.saving
-        if writing and not wait and not writing.done():
+        final, writing = self.saving or (None, None)
+        if final is None or (writing and not wait and not writing.done()):
             return
         self.saving = None
         if writing:
@@ -1515,10 +1460,9 @@ class Checkpoints:
         self.last, self.last_step = final, sd_config.step_of(final)
 
     def write(self, final, tensors, state, config):
-        """Write a checkpoint, and delete the oldest ones above the limit.
+        """Write a checkpoint, which either exists or does not, and delete the oldest ones above the limit.
 
-        A checkpoint either exists or it does not: it is written under a hidden name, given a manifest, flushed to
-        disk, and renamed. Only then are older ones deleted.
+        It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
         with sd_config.written_whole(sd_config.hidden_beside(final), final, self.plan.checkpoint_bytes) as folder:
             for part in tensors.keys() - {OPTIMIZER}:
@@ -1630,17 +1574,11 @@ def export(run):
 
 def model_card(run):
     """Return the text of the output folder's README.md."""
-    args, plan = run.args, run.plan
-    base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    grid = f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
-    lines = [
-        "---",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        "tags: [stable-diffusion, text-to-image, full-fine-tune]",
-        "---",
-        "",
-        f"# {base}, fine-tuned on {data}",
+    args, plan, grid = run.args, run.plan, f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    lines += ["tags: [stable-diffusion, text-to-image, full-fine-tune]", "---", ""]
+    lines += [
+        f"# {args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or args.train_data_dir}",
         "",
         f"All weights of the UNet were trained for {run.step} steps of {plan.effective_batch} samples "
         f"({plan.rows} rows, {run.step / plan.steps_per_epoch:.1f} epochs, seed {run.stream.seed}). "
