@@ -27,12 +27,6 @@ except ImportError:  # Windows
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
-PROMPTS = [
-    "Bill Gates with a hoodie",
-    "John Oliver with Naruto style",
-    "Lebron James with a hat",
-    "Mickael Jackson as a ninja",
-]
 # The flags that change what is trained, besides those that a resumed run must share with its past.
 TRAINING = """
     pretrained_model_name_or_path revision variant skip_bad_rows resolution center_crop random_flip
@@ -125,7 +119,7 @@ def choice(*values):
 # fmt: off
 FLAGS = {
     "model": [
-        ("pretrained_model_name_or_path", MODEL, str,
+        ("pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5", str,
          "Base model: a Hub id (owner/name), or a local folder with a diffusers pipeline."),
         ("revision", None, str, "Branch, tag or commit of the base model on the Hub."),
         ("variant", None, str, "Variant of the weight files to load, for example fp16."),
@@ -136,7 +130,7 @@ FLAGS = {
          "Folder for models and data sets downloaded from the Hub, and for what --cache_latents keeps."),
     ],
     "data": [
-        ("dataset_name", DATA, str,
+        ("dataset_name", "lambdalabs/naruto-blip-captions", str,
          "Training data: a Hub id, or a local folder that the datasets library can read (parquet, pictures with a "
          "metadata.jsonl, or save_to_disk)."),
         ("dataset_config_name", None, str, "Configuration of the data set, where it has several."),
@@ -225,7 +219,9 @@ FLAGS = {
         ("dry_run", False, bool, "Run every check, print the plan of the run, and stop."),
     ],
     "validation": [
-        ("validation_prompts", PROMPTS, "*",
+        ("validation_prompts",
+         ["Bill Gates with a hoodie", "John Oliver with Naruto style", "Lebron James with a hat",
+          "Mickael Jackson as a ninja"], "*",
          "Prompts to draw during training. The flag without any prompt turns validation off."),
         ("validation_guidance_scale", 7.5, real(0),
          "Strength of classifier-free guidance in these pictures; up to 1 turns it off."),
@@ -251,15 +247,10 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """Parse and check the command line of the trainer.
+    """Parse and check the trainer's command line (a list of strings; by default, that of the process).
 
-    Args:
-        argv (list[str], optional): the arguments; by default those of the process.
-
-    Returns:
-        argparse.Namespace: one attribute per flag. `resume_from_checkpoint` is the folder found, or None.
-
-    Exits with code 2, after naming every problem found, if any flag or combination of flags is wrong.
+    Returns the flags as a namespace, in which `resume_from_checkpoint` is the folder found, or None. Exits with code 2,
+    after naming every problem found, if any flag or combination of flags is wrong.
     """
     parser = Parser("Fine-tune all weights of Stable Diffusion's UNet on pictures with captions.", FLAGS)
     args, given, problems = parser.parse_all(argv)
@@ -314,18 +305,12 @@ def exit_on(*errors):
 class Parser(argparse.ArgumentParser):
     """An argument parser that finds all problems before it reports any, and abbreviates nothing.
 
-    Args:
-        description (str): what the program does.
-        groups (dict[str, list]): its flags, as in `FLAGS`.
+    `groups` are its flags, in a dictionary like `FLAGS`.
     """
 
     def __init__(self, description, groups):
-        super().__init__(
-            description=description,
-            usage="%(prog)s [--flag value ...]",
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-        )
+        options = {"usage": "%(prog)s [--flag value ...]", "allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(description=description, **options)
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for names, default, kind, text in flags:
@@ -359,9 +344,8 @@ class Parser(argparse.ArgumentParser):
                     yield f"{argument}: belongs to no flag"
                 continue
             name = argument.split("=")[0]
-            close = difflib.get_close_matches(
-                name.replace("-", "_").replace("__", "--", 1), self._option_string_actions, 1
-            )
+            spelled = name.replace("-", "_").replace("__", "--", 1)
+            close = difflib.get_close_matches(spelled, self._option_string_actions, 1)
             yield f"{name}: no such flag" + (f"; did you mean {close[0]}?" if close else " (--help lists all flags)")
 
 
@@ -446,13 +430,11 @@ def resolve_rank(args, problems):
     value = os.environ.get("LOCAL_RANK", "-1")
     if not re.fullmatch(r"-1|\d+", value):
         problems.append(f"LOCAL_RANK {value!r}: a launcher sets it to a whole number; unset it")
-        return
-    rank = int(value)
-    if args.local_rank not in (-1, max(rank, 0)):
-        problems.append(
-            f"--local_rank {args.local_rank}: LOCAL_RANK is {rank if rank >= 0 else 'not set'}; leave it out"
-        )
-    args.local_rank = rank
+    elif args.local_rank not in (-1, max(int(value), 0)):
+        found = value if int(value) >= 0 else "not set"
+        problems.append(f"--local_rank {args.local_rank}: LOCAL_RANK is {found}; leave it out")
+    else:
+        args.local_rank = int(value)
 
 
 def resolve_model(args, problems, notices):
@@ -463,11 +445,9 @@ def resolve_model(args, problems, notices):
         notices.append(f"{flag} {name} is gone from the Hub: using {MOVED_MODELS[name]}, where it moved")
     elif is_local(name):
         problems.extend(pipeline_problems(flag, name))
-        for revision in ("revision", "non_ema_revision"):
-            if getattr(args, revision) is not None:
-                problems.append(
-                    f"--{revision} {getattr(args, revision)}: {name} is a local folder, which has no revisions"
-                )
+        revisions = {flag: getattr(args, flag) for flag in ("revision", "non_ema_revision")}
+        what = f"{name} is a local folder, which has no revisions"
+        problems.extend(f"--{flag} {value}: {what}" for flag, value in revisions.items() if value is not None)
     if args.non_ema_revision is None:
         args.non_ema_revision = args.revision
 
@@ -491,19 +471,19 @@ def pipeline_problems(flag, name):
 
 def resolve_data(args, given, problems):
     """Decide between --dataset_name and --train_data_dir, and check that local folders exist."""
-    if args.train_data_dir is not None and "dataset_name" not in given:
+    folder = args.train_data_dir
+    if folder is not None and "dataset_name" not in given:
         args.dataset_name = None
-    if args.train_data_dir is not None and (args.dataset_name is None or is_local(args.dataset_name)):
-        within = Path(args.dataset_name or "")
-        if not (within / args.train_data_dir).is_dir():
-            problems.append(f"--train_data_dir {within / args.train_data_dir}: no such folder")
-    if args.dataset_name is not None and is_local(args.dataset_name) and not os.path.isdir(args.dataset_name):
-        problems.append(f"--dataset_name {args.dataset_name}: no such folder (a Hub data set is written owner/name)")
-    saved = args.dataset_name is not None and is_saved_dataset(args.dataset_name)
-    if args.dataset_config_name is not None and (args.dataset_name is None or saved):
+    name = args.dataset_name
+    if folder is not None and (name is None or is_local(name)) and not Path(name or "", folder).is_dir():
+        problems.append(f"--train_data_dir {Path(name or '', folder)}: no such folder")
+    if name is not None and is_local(name) and not os.path.isdir(name):
+        problems.append(f"--dataset_name {name}: no such folder (a Hub data set is written owner/name)")
+    saved = name is not None and is_saved_dataset(name)
+    if args.dataset_config_name is not None and (name is None or saved):
         problems.append(f"--dataset_config_name {args.dataset_config_name}: this folder has no configurations")
-    if args.train_data_dir is not None and saved:
-        problems.append(f"--train_data_dir {args.train_data_dir}: {args.dataset_name} has no subfolders to choose from")
+    if folder is not None and saved:
+        problems.append(f"--train_data_dir {folder}: {name} has no subfolders to choose from")
 
 
 def resolve_output(args, problems, notices):
@@ -568,8 +548,8 @@ def conflicts(args, wanted):
 def is_local(name):
     """Say whether a model or data set name means a path: anything but owner/name with no folder called owner.
 
-    The tutorial's own two ids are never paths: the model's owner has the name of the folder that the tutorial has
-    people unpack.
+    The tutorial's own two ids are never paths, although the tutorial has people unpack the model into a folder that is
+    called as its owner is.
     """
     name = str(name)
     if os.path.exists(name) or HUB_ID.fullmatch(name) is None:
@@ -720,9 +700,9 @@ def flush(folder, within=True):
 
 
 class ReportedError(Exception):
-    """An error whose message says everything: it is shown without a traceback. `code` is the process's exit code."""
+    """An error whose message says everything, and which is shown without a traceback."""
 
-    code = 1
+    code = 1  # the exit code of the process
 
 
 class WriteError(ReportedError):
@@ -733,10 +713,7 @@ class WriteError(ReportedError):
 def written_whole(hidden, what, size):
     """Yield the new, empty folder `hidden` to write into; if that fails, delete it and raise a `WriteError`.
 
-    Args:
-        hidden (Path): the folder, beside the place where its content will go.
-        what (str or Path): what is written, for the message.
-        size (int): bytes that it needs, for the message.
+    The message names `what` is written, and its `size` in bytes beside those that are free.
     """
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
@@ -785,13 +762,10 @@ def prune_checkpoints(output, limit, step, resumed_step):
 
 
 def lock(folder, wait=False):
-    """Hold a folder for this process until it ends, however it ends. If another holds it, wait or exit with code 2.
+    """Hold a folder until the file returned is closed, or this process ends. If another holds it, wait or exit.
 
     The system drops the lock as soon as this process closes any file of that name, so that nothing else may open it.
     Windows, and file systems without locks, are trusted.
-
-    Returns:
-        the open file that keeps the lock.
     """
     try:
         file = open(folder / LOCK, "w")  # noqa: SIM115 (to stay open)
@@ -846,47 +820,31 @@ class Plan:
         parameters (int): weights of the UNet.
         texts (int): distinct captions.
         width (int): numbers in what the text encoder makes of one token.
-
-    Attributes:
-        batch_per_process (int): samples of one step that one process sees.
-        effective_batch (int): samples of one step.
-        steps_per_epoch (int): steps after which every row has been seen once more, rounded up.
-        max_steps (int): steps of the whole run.
-        learning_rate (float): peak learning rate, after --scale_lr.
-        memory (dict[str, int]): bytes of what is trained, by its name.
-        views (int): pictures made of each row: itself, and with --random_flip its mirror image.
-        encoded (Path or None): folder for the encoded pictures and captions; None if they are encoded on each use.
-        encoded_why (str): why they are kept, or are not.
-        encoded_bytes (int): their size.
-        checkpoint_bytes (int): size of one checkpoint: weights, AdamW's two moments, and the EMA.
-        export_bytes (int): size of the exported pipeline.
-        validates (bool): whether there is anything to draw or to measure during the training.
     """
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
         self.args, self.rows, self.processes = args, rows, processes
-        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps
+        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples of one step
         self.effective_batch = self.batch_per_process * processes
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
-        self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)
-        each = 2 if args.low_memory else 4
-        average = 4 * parameters if args.use_ema else 0
-        self.memory = {
-            "weights": each * parameters,
-            "gradients": each * parameters,
-            "optimizer state": 2 * (1 if args.use_8bit_adam else 4) * parameters,
-            "EMA (host)" if args.low_memory else "EMA": average,
-        }
-        self.checkpoint_bytes = sum(self.memory.values()) - self.memory["gradients"]
+        self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
+        self.validates = bool(args.validation_prompts or args.validation_samples)
+
+        # Bytes: of what is trained, of a checkpoint, of the export.
+        each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
+        moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
+        self.memory = {"weights": each * parameters, "gradients": each * parameters, "optimizer state": moments}
+        self.memory["EMA (host)" if args.low_memory else "EMA"] = average
+        self.checkpoint_bytes = each * parameters + moments + average
         base = Path(args.pretrained_model_name_or_path)
         frozen = sum(size_on_disk(base / part) for part in PARTS if part != "unet") if base.is_dir() else FROZEN_BYTES
-        self.export_bytes = self.memory["weights"] + average + frozen
-        self.views = 2 if args.random_flip else 1
+        self.export_bytes = each * parameters + average + frozen
+
+        self.views = 2 if args.random_flip else 1  # pictures made of each row: itself, and its mirror image
         latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
         self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
         self.encoded, self.encoded_why = self.choose_encoded()
-        self.validates = bool(args.validation_prompts or args.validation_samples)
 
     def choose_encoded(self):
         """Return the folder for encoded pictures and captions, or None, and the reason in words."""
@@ -925,29 +883,27 @@ class Plan:
         return range(first, first + self.batch_per_process)
 
     def __str__(self):
-        saves, epoch = self.saves_from(0), self.steps_per_epoch
-        regular = range(epoch, self.max_steps, epoch * self.args.validation_epochs)  # and one at the end in any case
-        validations = len(regular) + 1 if self.validates else 0
-        kept = min(saves, self.args.checkpoints_total_limit or saves)
-        each = gigabytes(self.checkpoint_bytes)
+        args, saves, epoch = self.args, self.saves_from(0), self.steps_per_epoch
+        regular = range(epoch, self.max_steps, epoch * args.validation_epochs)  # and one at the end in any case
+        kept = min(saves, args.checkpoints_total_limit or saves)
+        sizes = f"{gigabytes(self.checkpoint_bytes)} each, {gigabytes(kept * self.checkpoint_bytes)} in all"
         memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
         encoding = f"pictures and captions, each time they are used ({self.encoded_why})"
         if self.encoded:
             encoding = f"pictures and captions once, kept in {self.encoded} ({gigabytes(self.encoded_bytes)})"
-        return (
-            f"  rows             {self.rows}, besides {self.args.validation_samples} kept out of training\n"
-            f"  effective batch  {self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))\n"
-            f"  micro-batches    {self.args.micro_batch_size}\n"
-            f"  steps            {self.max_steps} ({self.steps_per_epoch} per epoch, "
-            f"{self.max_steps / self.steps_per_epoch:.1f} epochs)\n"
-            f"  learning rate    {self.learning_rate:g}\n"
-            f"  memory           {memory}; activations come on top\n"
-            f"  encoding         {encoding}\n"
-            f"  checkpoints      {saves}, {kept} of them kept: {each} each, "
-            f"{gigabytes(kept * self.checkpoint_bytes)} in all\n"
-            f"  export           {gigabytes(self.export_bytes)}\n"
-            f"  validations      {validations}"
-        )
+        lines = {
+            "rows": f"{self.rows}, besides {args.validation_samples} kept out of training",
+            "effective batch": f"{self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))",
+            "micro-batches": args.micro_batch_size,
+            "steps": f"{self.max_steps} ({epoch} per epoch, {self.max_steps / epoch:.1f} epochs)",
+            "learning rate": f"{self.learning_rate:g}",
+            "memory": f"{memory}; activations come on top",
+            "encoding": encoding,
+            "checkpoints": f"{saves}, {kept} of them kept: {sizes}",
+            "export": gigabytes(self.export_bytes),
+            "validations": len(regular) + 1 if self.validates else 0,
+        }
+        return "\n".join(f"  {name:15}  {text}" for name, text in lines.items())
 
 
 def gigabytes(size):
@@ -979,9 +935,8 @@ def compare_runs(saved, plan, now, data):
         now (dict): its arguments, with the seed and the precision that were settled on.
         data (str): fingerprint of its data set.
 
-    Returns:
-        tuple[list[str], list[str]]: problems, where the stream of samples could not go on or the checkpoint lacks what
-        is needed, and warnings, where the rest of the training will differ from its beginning.
+    Returns two lists of strings: problems, where the stream of samples could not go on or the checkpoint lacks what is
+    needed, and warnings, where the rest of the training will differ from its beginning.
     """
     before, batch = saved.args, "--train_batch_size x --gradient_accumulation_steps x processes"
     identity = {
@@ -1014,9 +969,8 @@ def compare_runs(saved, plan, now, data):
 def compare_disk(plan, step):
     """Compare what a run that stands at `step` will write with the room on the disk.
 
-    Returns:
-        tuple[list[str], list[str]]: problems, if the encodings, the export and two checkpoints, less what is there
-        already, do not fit; and warnings, if not everything fits, or all of it takes more than 100 GB.
+    Returns two lists of strings: problems, if the encodings, the export and two checkpoints, less what is there
+    already, do not fit; and warnings, if not everything fits, or all of it takes more than 100 GB.
     """
     args, output = plan.args, Path(plan.args.output_dir).resolve()
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))

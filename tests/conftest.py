@@ -74,13 +74,8 @@ def train(assets, tmp_path, monkeypatch):
             for tracker in self.trackers:
                 tracker.log(values, step=step)
 
-        runs, original = [], trainer.load_run
-
-        def load_run(*args):
-            runs.append(original(*args))
-            return runs[-1]
-
-        monkeypatch.setattr(trainer, "load_run", load_run)
+        runs, original = [], trainer.Run
+        monkeypatch.setattr(trainer, "Run", lambda *args: runs.append(original(*args)) or runs[-1])
         monkeypatch.setattr(accelerate.Accelerator, "log", record)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -93,7 +88,7 @@ def train(assets, tmp_path, monkeypatch):
             *map(str, flags),  # of a flag given twice the last one counts
         ]
         trainer.main(sd_config.parse_args(argv))
-        monkeypatch.setattr(trainer, "load_run", original)
+        monkeypatch.setattr(trainer, "Run", original)
         return Result(tmp_path / output, dict(logs), runs[0] if runs else None)
 
     return run
@@ -132,7 +127,7 @@ def assert_same_state(one, other):
         assert_same(moments[0][index], moments[1][index])
     states = [sd_config.read_state(folder) for folder in (one, other)]
     for name in ("step", "seed", "ema_step", "loss"):
-        assert states[0][name] == states[1][name]
+        assert getattr(states[0], name) == getattr(states[1], name)
 
 
 def samples(output):

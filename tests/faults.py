@@ -22,14 +22,13 @@ def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, wh
             name, and its manifest is not.
     """
     if before_micro_batch:
-        original_loss = trainer.diffusion_loss
+        original_loss = trainer.micro_batch_loss
 
-        def diffusion_loss(run, micro_batch):
-            if hasattr(run.args, "output_dir"):  # a loss that is only measured has other arguments
-                before_micro_batch(run, micro_batch)
+        def micro_batch_loss(run, micro_batch):
+            before_micro_batch(run, micro_batch)
             return original_loss(run, micro_batch)
 
-        set_attribute(trainer, "diffusion_loss", diffusion_loss)
+        set_attribute(trainer, "micro_batch_loss", micro_batch_loss)
     if after_step:
         original_step = trainer.train_step
 
@@ -40,10 +39,10 @@ def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, wh
 
         set_attribute(trainer, "train_step", train_step)
     if while_saving:
-        original_seal = sd_config.seal
+        original_write = sd_config.write_manifest
 
-        def seal(folder):
+        def write_manifest(folder):
             while_saving(folder)
-            original_seal(folder)
+            original_write(folder)
 
-        set_attribute(sd_config, "seal", seal)
+        set_attribute(sd_config, "write_manifest", write_manifest)

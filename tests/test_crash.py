@@ -161,7 +161,7 @@ def kill(process, output, aim, whole, rng, seen):
 
 def steps(output):
     """The steps of all checkpoints in an output folder."""
-    return {sd_config.number(folder) for folder in sd_config.checkpoints(output)}
+    return {sd_config.step_of(folder) for folder in sd_config.checkpoints(output)}
 
 
 def struck(output, since):
@@ -190,7 +190,7 @@ def crash(begin, output, limit, aims, rng, whole):
         resumed = re.findall(r"Resuming from \S+/checkpoint-(\d+):", ended.printed)
         assert resumed in ([str(newest)] if newest else [], []), ended.printed
         found = steps(output)
-        assert {n: sd_config.damage(output / f"checkpoint-{n}") for n in found} == dict.fromkeys(found)
+        assert {n: sd_config.find_damage(output / f"checkpoint-{n}") for n in found} == dict.fromkeys(found)
         seen |= found
         assert found >= set(sorted(seen)[-limit:] if limit else seen)
         assert max(found, default=0) >= newest
@@ -259,7 +259,7 @@ def test_the_script_itself_killed_and_started_again(assets, reference, tmp_path)
             kill(process, output, aim, whole, rng, set())
         codes.append(process.wait(240))
         whole = time.perf_counter() - begun
-        assert all(sd_config.damage(folder) is None for folder in sd_config.checkpoints(output))
+        assert all(sd_config.find_damage(folder) is None for folder in sd_config.checkpoints(output))
     assert codes == [-9, -9, 0], printed.read_text()
     assert_same_end(output, reference[0])
 
@@ -284,7 +284,7 @@ def upto(six, tmp_path):
 
     def copy(step, output=tmp_path / "run", copy_function=os.link):
         for folder in sd_config.checkpoints(six):
-            if sd_config.number(folder) <= step:
+            if sd_config.step_of(folder) <= step:
                 shutil.copytree(folder, output / folder.name, copy_function=copy_function)
         return output
 
@@ -347,7 +347,7 @@ def test_training_goes_on_from_before_the_damage(run, upto, six, name, how, limi
     assert ended.printed.count("note: ") == ended.printed.count(f"whole checkpoint: {wrong}\n") == 1
     assert f"Resuming from {output / 'checkpoint-4'}: step 4 of 6" in ended.printed
     assert steps(output) == {2, 4, 6} - set((2, 4)[: 3 - limit])
-    assert sd_config.damage(output / "checkpoint-6") is None
+    assert sd_config.find_damage(output / "checkpoint-6") is None
     assert_same_end(output, six)
 
 
@@ -358,7 +358,7 @@ def test_no_good_checkpoint_goes_for_a_damaged_later_one(run, upto):
     flags = (*SIX, "--checkpointing_steps=1", "--checkpoints_total_limit=1", LATEST)
     ended = run(*flags, before=functools.partial(break_save, "checkpoint-6", OSError))
     assert ended.code == 1, ended.printed
-    assert sd_config.damage(output / "checkpoint-5") is None
+    assert sd_config.find_damage(output / "checkpoint-5") is None
 
 
 def test_no_good_checkpoint_goes_for_a_damaged_earlier_one(run, upto):
@@ -368,7 +368,7 @@ def test_no_good_checkpoint_goes_for_a_damaged_earlier_one(run, upto):
     harm(output / "checkpoint-5", "optimizer.pt", "truncated")
     ended = run(*SIX, LATEST, "--checkpoints_total_limit=2")
     assert ended.code == 0, ended.printed
-    assert [folder.name for folder in sd_config.checkpoints(output) if not sd_config.damage(folder)] == [
+    assert [folder.name for folder in sd_config.checkpoints(output) if not sd_config.find_damage(folder)] == [
         "checkpoint-4",
         "checkpoint-6",
     ]
@@ -392,7 +392,7 @@ def test_half_a_checkpoint_is_never_to_be_seen(run, upto, six):
     output, flags = upto(4), (*SIX, LATEST, "--checkpoints_total_limit=1")
     assert run(*flags, before=die_deleting).code == -9
     assert litter(output) == [".old-checkpoint-2"]
-    assert [sd_config.damage(folder) for folder in sd_config.checkpoints(output)] == [None, None]
+    assert [sd_config.find_damage(folder) for folder in sd_config.checkpoints(output)] == [None, None]
     assert run(*flags).code == 0
     assert_same_end(output, six)
 
@@ -436,7 +436,7 @@ def assert_not_saved(ended, output, before, *, step=6):
     assert ended.code == 1, ended.printed
     assert files_of(output) == before
     assert not litter(output)
-    assert all(sd_config.damage(folder) is None for folder in sd_config.checkpoints(output))
+    assert all(sd_config.find_damage(folder) is None for folder in sd_config.checkpoints(output))
     needed = r" cannot be written \(0\.03 GB needed, \d+\.\d\d GB free\): "
     assert len(re.findall(f"^error: {re.escape(str(output))}/checkpoint-{step}{needed}", ended.printed, re.M)) == 1
     assert len(re.findall("^error: ", ended.printed, re.M)) == 1
@@ -517,7 +517,7 @@ def test_the_disk_fills_up_during_the_export(start, upto, small_disk, six):
     output = upto(4, disk / "run", shutil.copy2)
     ended = start(*SIX, LATEST, output=output, before=functools.partial(fill, disk, 35_000_000))[1]()
     (disk / "filler").unlink()
-    assert sd_config.damage(output / "checkpoint-6") is None
+    assert sd_config.find_damage(output / "checkpoint-6") is None
     assert not (output / "model_index.json").exists()
     # With room again the run that is resumed exports what was trained.
     again = start(*SIX, LATEST, output=output)[1]()
@@ -570,7 +570,7 @@ def break_save(part, kind):
     if part == "torch.save":
         torch.save = fail
     elif part == "seal":
-        sd_config.seal = fail
+        sd_config.write_manifest = fail
     else:
         rename = Path.rename
         Path.rename = lambda path, target: fail() if Path(target).name == part else rename(path, target)
@@ -627,7 +627,7 @@ def test_no_pickle_is_executed(run, upto, tmp_path, name, zipped):
         torch.save(content, folder / name)
     else:
         (folder / name).write_bytes(pickle.dumps(content))
-    sd_config.seal(folder)
+    sd_config.write_manifest(folder)
     ended = run(*SIX, LATEST)
     assert not proof.exists()
     assert ended.code in (1, 2), ended.printed

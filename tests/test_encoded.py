@@ -26,13 +26,13 @@ SHORT = (*FLAGS, "--max_train_steps=2", "--cache_latents=on")
 @pytest.fixture
 def encodings(monkeypatch):
     """The sizes of the batches of pictures that are encoded, as they come."""
-    sizes, original = [], trainer.encode_pictures
+    sizes, original = [], trainer.Frozen.encode_pictures
 
     def encode_pictures(vae, pixel_values):
         sizes.append(len(pixel_values))
         return original(vae, pixel_values)
 
-    monkeypatch.setattr(trainer, "encode_pictures", encode_pictures)
+    monkeypatch.setattr(trainer.Frozen, "encode_pictures", encode_pictures)
     return sizes
 
 
@@ -100,7 +100,7 @@ def test_killed_while_encoding_it_goes_on(train, tmp_path, encodings, monkeypatc
 
 def killed_in_shard(train, survivors, monkeypatch):
     """Train, and end this process without a word in the second batch after so many shards."""
-    original, batches = trainer.encode_pictures, []
+    original, batches = trainer.Frozen.encode_pictures, []
 
     def encode_pictures(vae, pixel_values):
         if len(batches) == 2 * survivors + 1:
@@ -108,7 +108,7 @@ def killed_in_shard(train, survivors, monkeypatch):
         batches.append(pixel_values)
         return original(vae, pixel_values)
 
-    monkeypatch.setattr(trainer, "encode_pictures", encode_pictures)
+    monkeypatch.setattr(trainer.Frozen, "encode_pictures", encode_pictures)
     train(*SHORT, output="killed")
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk_is_said_to_be_one(train, tmp_path, capsys, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "encode_pictures", fail)
+    monkeypatch.setattr(trainer.Frozen, "encode_pictures", fail)
     with pytest.raises(SystemExit):
         train(*SHORT)
     printed = capsys.readouterr().err

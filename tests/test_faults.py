@@ -132,8 +132,8 @@ def send(number):
 def steps(folder):
     """The steps of the checkpoints in an output folder, all of which must be whole."""
     found = sd_config.checkpoints(folder)
-    assert [sd_config.damage(path) for path in found] == [None] * len(found)
-    return [sd_config.number(path) for path in found]
+    assert [sd_config.find_damage(path) for path in found] == [None] * len(found)
+    return [sd_config.step_of(path) for path in found]
 
 
 def explains(printed, output, step):
@@ -194,7 +194,7 @@ def test_a_signal_cuts_a_validation_short_which_is_then_made_up_for(
 
 def test_a_signal_during_a_save_saves_once(stopped, finish, monkeypatch, tmp_path):
     """The one that was being written while the training went on, and that of the step at which it stopped."""
-    sealed, original = [], sd_config.seal
+    sealed, original = [], sd_config.write_manifest
 
     def seal(folder):
         sealed.append(folder.name)
@@ -214,7 +214,7 @@ FAULTY = """
 import importlib, os, signal, sys, time
 sys.path.insert(0, {root!r})
 trainer = importlib.import_module("train_sd1-5_naruto")
-loss, load_run, seal, calls = trainer.diffusion_loss, trainer.load_run, trainer.sd_config.seal, []
+loss, load_run, seal, calls = trainer.diffusion_loss, trainer.Run, trainer.sd_config.write_manifest, []
 
 def in_step(run, micro_batch):
     calls.append(run.step)
@@ -234,7 +234,7 @@ def in_save(folder):
         {in_save}
     seal(folder)
 
-trainer.diffusion_loss, trainer.load_run, trainer.sd_config.seal = in_step, before_load, in_save
+trainer.diffusion_loss, trainer.Run, trainer.sd_config.write_manifest = in_step, before_load, in_save
 trainer.main(trainer.sd_config.parse_args())
 """
 SIGNAL = "os.kill(os.getpid(), signal.{})"
@@ -614,7 +614,7 @@ def test_what_comes_after_a_number_that_is_none_is_not_saved(stopped, monkeypatc
 @pytest.mark.parametrize(("overflows", "last"), [({2, 3, 4}, 4), ({2, 3, 5, 6}, None)])
 def test_steps_that_overflow_in_a_row_stop_the_run(train, stopped, monkeypatch, tmp_path, overflows, last):
     """fp16's scaler, on the CPU. One step that does not overflow makes the count start anew."""
-    original, load_run, starts = trainer.diffusion_loss, trainer.load_run, []
+    original, load_run, starts = trainer.diffusion_loss, trainer.Run, []
 
     def diffusion_loss(run, micro_batch):
         if run.step == 1 and not starts:

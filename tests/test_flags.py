@@ -122,7 +122,7 @@ def test_flag_revision(train, hub, assets):
     run = train(*FROZEN, hub, "--revision=v", model="acme/tiny")
     assert scale_of(run, assets) == pytest.approx(2)
     assert scale_of(run, assets, "vae") == pytest.approx(2)
-    assert run.run.prediction_type == "v_prediction"
+    assert run.run.loss_options["prediction_type"] == "v_prediction"
     assert json.loads((run.output / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
 
 
@@ -270,8 +270,8 @@ def test_flag_use_8bit_adam(train, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)  # it takes minutes on a CPU
     run = train(*SHORT, "--use_8bit_adam", "--checkpointing_steps=1", "--lr_scheduler=linear")
-    assert isinstance(run.run.optimizer.optimizer, AdamW8bit)
-    assert any(isinstance(s["exp_avg"], OptimState8bit) for s in run.run.optimizer.state.values())
+    assert isinstance(run.run.optimizer.adamw.optimizer, AdamW8bit)
+    assert any(isinstance(s["exp_avg"], OptimState8bit) for s in run.run.optimizer.adamw.state.values())
     checkpoint = f"--resume_from_checkpoint={run.output / 'checkpoint-1'}"
     resumed = train(*SHORT, "--use_8bit_adam", "--lr_scheduler=linear", checkpoint, output="resumed")
     assert_same(weights(run.output / "unet"), weights(resumed.output / "unet"))
@@ -336,7 +336,7 @@ def test_flag_checkpointing_steps(train):
 
 def test_flag_checkpoints_total_limit(train, monkeypatch):
     """The oldest go, and only once the new one is there."""
-    present, original = [], trainer.discard
+    present, original = [], sd_config.discard
 
     def discard(folder):
         present.append((folder.name, [path.name for path in sd_config.checkpoints(folder.parent)]))

@@ -295,7 +295,7 @@ def test_base_is_loaded_as_the_checkpoint_says(train, monkeypatch):
     base = {"revision": "v2", "variant": "fp16", "cache_dir": "cache"}
     state |= {"base_model": "owner/base", "args": state["args"] | base}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-    sd_config.seal(checkpoint)
+    sd_config.write_manifest(checkpoint)
 
     def from_pretrained(model, **kwargs):
         raise Reached(model, {name: value for name, value in kwargs.items() if name in base})
@@ -312,7 +312,7 @@ def test_checkpoint_without_a_trainers_state_is_refused(refuse, tmp_path, conten
     (tmp_path / "checkpoint-1").mkdir()
     if content is not None:
         (tmp_path / "checkpoint-1/trainer_state.json").write_text(content, encoding="utf-8")
-        sd_config.seal(tmp_path / "checkpoint-1")
+        sd_config.write_manifest(tmp_path / "checkpoint-1")
     assert only(refuse("--checkpoint=checkpoint-1")).startswith("--checkpoint checkpoint-1: ")
 
 
@@ -456,7 +456,7 @@ def test_folder_of_an_unfinished_run_suggests_its_last_checkpoint(refuse, tmp_pa
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "trainer_state.json").touch()
-        sd_config.seal(tmp_path / "run" / name)
+        sd_config.write_manifest(tmp_path / "run" / name)
     (tmp_path / "run/checkpoint-11").mkdir()
     problems = refuse("--model_path=run")
     assert problems[0].startswith("--model_path run: no model_index.json")

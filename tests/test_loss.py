@@ -74,7 +74,7 @@ def test_under_bf16_inputs_targets_and_loss_stay_float32(train, monkeypatch, fla
     assert seen == [(torch.float32, torch.float32)]
     assert {tensor.dtype for tensor in inputs[0]} == {torch.float32}
     assert {parameter.dtype for parameter in run.run.unet.parameters()} == {torch.float32}
-    assert run.run.vae.dtype == run.run.text_encoder.dtype == torch.bfloat16
+    assert run.run.frozen.vae.dtype == run.run.frozen.text_encoder.dtype == torch.bfloat16
 
 
 def test_fp16_needs_a_gpu(train, capsys):
@@ -87,7 +87,7 @@ def test_fp16_needs_a_gpu(train, capsys):
 
 def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
     """fp16's scaler, on the CPU: weights and EMA stay, the step counts, and the metrics say that it was skipped."""
-    original, add, loss = trainer.load_run, trainer.Progress.add, trainer.diffusion_loss
+    original, add, loss = trainer.Run, trainer.Progress.add, trainer.diffusion_loss
     states = []
 
     def diffusion_loss(run, micro_batch):
@@ -99,11 +99,11 @@ def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
         run.accelerator.scaler = run.optimizer.scaler = scaler
         run.optimizer.__setstate__({})  # as accelerate does for an optimizer with a scaler
         monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
-        states.append([p.detach().clone() for p in (*run.unet.parameters(), *run.ema.shadow_params)])
+        states.append([p.detach().clone() for p in (*run.unet.parameters(), *run.average.ema.shadow_params)])
         return run
 
     def note(progress, metrics):
-        states.append([p.detach().clone() for p in (*progress.run.unet.parameters(), *progress.run.ema.shadow_params)])
+        states.append([p.detach().clone() for p in (*progress.run.unet.parameters(), *progress.run.average.ema.shadow_params)])
         return add(progress, metrics)
 
     monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
@@ -114,7 +114,7 @@ def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
     before, skipped, stepped = states
     assert all(map(torch.equal, before, skipped))
     assert not any(map(torch.equal, skipped[:50], stepped[:50]))
-    assert run.run.ema.optimization_step == 1
+    assert run.run.average.ema.optimization_step == 1
     assert run.run.step == 2
 
 

@@ -39,10 +39,10 @@ def test_what_it_keeps_and_where(train, assets):
         p.numel() for p in parameters
     )
     for parameter, is_large in zip(parameters, large, strict=True):
-        moments = run.run.optimizer.state[parameter]
+        moments = run.run.optimizer.adamw.state[parameter]
         kept = {type(moments["exp_avg"]).__name__, type(moments["exp_avg_sq"]).__name__}
         assert kept == ({"OptimState8bit"} if is_large else {"Parameter"} if not kept - {"Parameter"} else {"Tensor"})
-    assert {average.dtype for average in run.run.ema.shadow_params} == {torch.float32}
+    assert {average.dtype for average in run.run.average.ema.shadow_params} == {torch.float32}
     assert run.run.unet.is_gradient_checkpointing
     assert run.run.args.mixed_precision == "bf16"
     assert {tensor.dtype for tensor in weights(run.output / "unet").values()} == {torch.float32}

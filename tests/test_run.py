@@ -113,7 +113,7 @@ def test_the_prediction_type_trained_is_the_one_exported(train):
 def test_average_and_raw_weights_both_load(train):
     run = train(*SHORT, "--use_ema", "--max_train_steps=4")
     average, raw = (UNet2DConditionModel.from_pretrained(run.output / "unet", variant=v) for v in (None, "non_ema"))
-    for parameter, shadow in zip(average.parameters(), run.run.ema.shadow_params, strict=True):
+    for parameter, shadow in zip(average.parameters(), run.run.average.ema.shadow_params, strict=True):
         assert torch.equal(parameter, shadow)
     for parameter, trained in zip(raw.parameters(), run.run.unet.parameters(), strict=True):
         assert torch.equal(parameter, trained)
@@ -325,7 +325,7 @@ def test_in_mixed_precision_all_that_belongs_to_a_weight_lies_in_memory_as_it_do
         weights = list(run.unet.parameters())
         assert all(weight.is_contiguous() for weight in weights) == (run is back.run)
         moments = run.optimizer.state_dict()["state"].values()
-        for weight, average, state in zip(weights, run.ema.shadow_params, moments, strict=True):
+        for weight, average, state in zip(weights, run.average.ema.shadow_params, moments, strict=True):
             assert {tensor.stride() for tensor in (average, state["exp_avg"], state["exp_avg_sq"])} == {weight.stride()}
     assert_same_state(whole.output / "checkpoint-2", again.output / "checkpoint-2")
 
@@ -431,7 +431,7 @@ def test_swanlab_environment_is_respected(monkeypatch, tmp_path):
 
 def test_the_optimizer_runs_fused(train):
     run = train(*SHORT)
-    assert run.run.optimizer.param_groups[0]["fused"]
+    assert run.run.optimizer.adamw.param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

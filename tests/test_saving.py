@@ -27,7 +27,7 @@ def order(monkeypatch):
     `order.hold` delays the writing of a checkpoint until that step is done.
     """
     events, passed = [], {step: threading.Event() for step in range(1, 7)}
-    step, seal = trainer.train_step, sd_config.seal
+    step, seal = trainer.train_step, sd_config.write_manifest
 
     def train_step(run, batch):
         metrics = step(run, batch)
@@ -71,7 +71,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, order, monkeypatc
     assert not litter(went_on.output)
     for step in (2, 4, 6):
         name = f"checkpoint-{step}"
-        assert sd_config.damage(went_on.output / name) is None
+        assert sd_config.find_damage(went_on.output / name) is None
         assert_same_state(went_on.output / name, waited.output / name)
 
 

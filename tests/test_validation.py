@@ -25,7 +25,7 @@ def loss_by_hand(run, base, unet, prediction_type):
     scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
     rows, losses = run.stream.rows, []
     for index, number in enumerate(rows.held_out):
-        noise, posterior_noise = (run.held_out_batch[name][index][None] for name in ("noise", "posterior_noise"))
+        noise, posterior_noise = (run.held_out[name][index][None] for name in ("noise", "posterior_noise"))
         timestep = torch.tensor([[125, 375, 625, 875][index]])
         picture = trainer.to_pixels(rows.table[number]["image"], 64, "bilinear", crop=None, flip=False)
         ids = trainer.tokenize(run.stream.tokenizer, [rows.captions[number][0]])
@@ -71,8 +71,8 @@ def test_rows_kept_out_are_never_trained_on_and_the_same_for_every_seed(train):
     for result in (one, other):
         stream = result.run.stream
         assert not {stream.row(position) for position in range(40)} & set(stream.rows.held_out)
-    for name in one.run.held_out_batch:
-        assert torch.equal(one.run.held_out_batch[name], other.run.held_out_batch[name])
+    for name in one.run.held_out:
+        assert torch.equal(one.run.held_out[name], other.run.held_out[name])
     assert one.logs[0] == other.logs[0]
 
 
