@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-import sd_config
 from conftest import assert_same_state, difference, learned, trainer, weights
 
 # Twenty steps of four samples, in which everything that is kept makes a difference: both views, dropped captions.
@@ -36,7 +35,7 @@ def encodings(monkeypatch):
     return sizes
 
 
-def shards(folder):
+def encoded_files(folder):
     """The files of encoded rows under a folder, by their names and the time of their last change."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("encoded-*/*")) if path.name != ".lock"}
 
@@ -44,7 +43,7 @@ def shards(folder):
 def test_encoding_once_trains_what_encoding_each_time_trains(train, assets, encodings):
     each = train(*FLAGS, "--cache_latents=off", output="each")
     assert sum(encodings) == 20 * 4
-    assert not shards(each.output)
+    assert not encoded_files(each.output)
     encodings.clear()
     once = train(*FLAGS, output="once")
     assert sum(encodings) == 14 * 2
@@ -61,60 +60,53 @@ def test_encoding_once_trains_what_encoding_each_time_trains(train, assets, enco
 def test_the_next_run_finds_what_was_encoded_and_says_so(train, assets, tmp_path, encodings, capsys):
     before = sorted(path.name for path in assets[1].iterdir())
     first = train(*SHORT, f"--cache_dir={tmp_path / 'kept'}", output="first")
-    assert not shards(first.output)
+    assert not encoded_files(first.output)
     assert "found" not in capsys.readouterr().out
     encodings.clear()
-    files = shards(tmp_path / "kept")
+    files = encoded_files(tmp_path / "kept")
     second = train(*SHORT, f"--cache_dir={tmp_path / 'kept'}", output="second")
     assert encodings == []
-    assert shards(tmp_path / "kept") == files
+    assert encoded_files(tmp_path / "kept") == files
     (folder,) = (tmp_path / "kept").glob("encoded-*")
     printed = capsys.readouterr().out
-    assert f"Encoded pictures: found 1 of 1 shards in {folder}" in printed
-    assert f"Encoded captions: found 1 of 1 shards in {folder}" in printed
+    assert f"Encoded pictures and captions: found in {folder}" in printed
     assert_same_state(first.output / "checkpoint-2", second.output / "checkpoint-2")
     assert sorted(path.name for path in assets[1].iterdir()) == before
 
 
-@pytest.mark.parametrize("survivors", [0, 1])
-def test_killed_while_encoding_it_goes_on(train, tmp_path, encodings, monkeypatch, survivors):
-    """The process ends in the second batch of a shard, and only whole shards are taken from what it leaves."""
+def test_killed_while_encoding_it_starts_again(train, tmp_path, encodings, monkeypatch):
+    """The process ends in the second batch of pictures. Nothing is taken from what it leaves, and that goes."""
     whole = train(*SHORT, output="whole")
-    monkeypatch.setattr(sd_config, "SHARD_ROWS", 8)
-    child = multiprocessing.get_context("fork").Process(target=killed_in_shard, args=(train, survivors, monkeypatch))
+    child = multiprocessing.get_context("fork").Process(target=killed_while_encoding, args=(train, monkeypatch))
     child.start()
     child.join(120)
     assert child.exitcode == 9
-    left = shards(tmp_path / "killed")
-    assert sum(path.suffix == ".arrow" for path in left) == survivors
-    assert len(left) == survivors + 1, "the shard that was being written has a temporary file"
+    assert [path.suffix for path in encoded_files(tmp_path / "killed")] == [""]  # a temporary file
 
     encodings.clear()
-    went_on = train(*SHORT, output="killed")
-    assert sum(encodings) == (14 - 8 * survivors) * 2
-    after = shards(tmp_path / "killed")
-    assert {path.suffix for path in after} == {".arrow"}
-    assert all(after[path] == time for path, time in left.items() if path.suffix == ".arrow")
-    assert_same_state(whole.output / "checkpoint-2", went_on.output / "checkpoint-2")
+    again = train(*SHORT, output="killed")
+    assert sum(encodings) == 14 * 2
+    assert [path.name for path in encoded_files(tmp_path / "killed")] == ["captions.arrow", "pictures.arrow"]
+    assert_same_state(whole.output / "checkpoint-2", again.output / "checkpoint-2")
 
 
-def killed_in_shard(train, survivors, monkeypatch):
-    """Train, and end this process without a word in the second batch after so many shards."""
+def killed_while_encoding(train, monkeypatch):
+    """Train, and end this process without a word in the second batch."""
     original, batches = trainer.Frozen.encode_pictures, []
 
-    def encode_pictures(vae, pixel_values):
-        if len(batches) == 2 * survivors + 1:
+    def encode_pictures(frozen, pixel_values):
+        if batches:
             os._exit(9)
         batches.append(pixel_values)
-        return original(vae, pixel_values)
+        return original(frozen, pixel_values)
 
     monkeypatch.setattr(trainer.Frozen, "encode_pictures", encode_pictures)
     train(*SHORT, output="killed")
 
 
-def test_a_shard_that_cannot_be_read_is_made_again(train, tmp_path, encodings):
+def test_a_file_that_cannot_be_read_is_made_again(train, tmp_path, encodings):
     whole = train(*SHORT, output="run")
-    for path in shards(tmp_path / "run"):
+    for path in encoded_files(tmp_path / "run"):
         path.write_bytes(path.read_bytes()[:-5000])
     encodings.clear()
     again = train(*SHORT, "--overwrite_output_dir", output="run")
@@ -135,7 +127,7 @@ def test_what_depends_on_something_else_is_encoded_anew(train, assets, tmp_path,
     """And left alone by runs for which it is still good."""
     flags, options = [f"--cache_dir={tmp_path / 'kept'}"], {}
     train(*SHORT, *flags, output="first")
-    files = shards(tmp_path / "kept")
+    files = encoded_files(tmp_path / "kept")
     encodings.clear()
     short = SHORT
     if change.startswith("--"):
@@ -152,7 +144,7 @@ def test_what_depends_on_something_else_is_encoded_anew(train, assets, tmp_path,
         file.write_bytes(content)
     train(*short, *flags, output="second", **options)
     assert encodings
-    assert files.items() < shards(tmp_path / "kept").items()
+    assert files.items() < encoded_files(tmp_path / "kept").items()
 
 
 def test_other_captions_are_other_rows(train, assets, tmp_path, encodings):

@@ -19,6 +19,7 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import faults
 import infer
 import sd_config
 from conftest import ROOT, assert_same, assert_same_state, difference, litter, samples, trainer, weights
@@ -101,15 +102,14 @@ def finish(train, whole):
 
 def plant(monkeypatch, step, fault):
     """Call `fault` in the middle of a step: before the second of its micro-batches."""
-    original, calls = trainer.diffusion_loss, []
+    calls = []
 
-    def diffusion_loss(run, micro_batch):
+    def before_micro_batch(run, _micro_batch):
         calls.append(run.step)
         if run.step == step - 1 and calls.count(run.step) == 2:
             fault()
-        return original(run, micro_batch)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
 
 
 def failing(error, after=0):
@@ -194,15 +194,14 @@ def test_a_signal_cuts_a_validation_short_which_is_then_made_up_for(
 
 def test_a_signal_during_a_save_saves_once(stopped, finish, monkeypatch, tmp_path):
     """The one that was being written while the training went on, and that of the step at which it stopped."""
-    sealed, original = [], sd_config.write_manifest
+    sealed = []
 
-    def seal(folder):
+    def signal_once(folder):
         sealed.append(folder.name)
-        if len(sealed) == 1:  # a second one would stop at once
+        if len(sealed) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(folder)
 
-    monkeypatch.setattr(sd_config, "seal", seal)
+    faults.plant(monkeypatch.setattr, while_saving=signal_once)
     assert stopped()[0] == 143
     assert sealed[0] == ".checkpoint-2"
     saved = steps(tmp_path / "run")
@@ -211,30 +210,27 @@ def test_a_signal_during_a_save_saves_once(stopped, finish, monkeypatch, tmp_pat
 
 
 FAULTY = """
-import importlib, os, signal, sys, time
-sys.path.insert(0, {root!r})
-trainer = importlib.import_module("train_sd1-5_naruto")
-loss, load_run, seal, calls = trainer.diffusion_loss, trainer.Run, trainer.sd_config.write_manifest, []
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import faults
+trainer, Run, calls = faults.trainer, faults.trainer.Run, []
 
 def in_step(run, micro_batch):
     calls.append(run.step)
     last = run.accelerator.process_index == run.accelerator.num_processes - 1
-    if last:
-        {in_pass}
     if last and run.step == {step} - 1 and calls.count(run.step) == 2:
         {in_step}
-    return loss(run, micro_batch)
 
 def before_load(*args):
     {before_load}
-    return load_run(*args)
+    return Run(*args)
 
 def in_save(folder):
     if folder.name.endswith("-{step}"):
         {in_save}
-    seal(folder)
 
-trainer.diffusion_loss, trainer.Run, trainer.sd_config.write_manifest = in_step, before_load, in_save
+faults.plant(before_micro_batch=in_step, while_saving=in_save)
+trainer.Run = before_load
 trainer.main(trainer.sd_config.parse_args())
 """
 SIGNAL = "os.kill(os.getpid(), signal.{})"
@@ -244,12 +240,11 @@ SIGNAL = "os.kill(os.getpid(), signal.{})"
 def start(assets, tmp_path):
     """A function that runs the trainer as processes of their own, and returns the exit code and what was printed.
 
-    Python code stands for a fault: within a step of the last process, in the save after it, in every pass that this
-    process makes, or before loading.
+    Python code stands for a fault: within a step of the last process, in the save after it, or before loading.
     """
 
     def run(*flags, output="run", processes=1, step=4, **faults):
-        script, none = tmp_path / "faulty.py", dict.fromkeys(("in_step", "in_pass", "in_save", "before_load"), "pass")
+        script, none = tmp_path / "faulty.py", dict.fromkeys(("in_step", "in_save", "before_load"), "pass")
         script.write_text(FAULTY.format_map(none | faults | {"root": str(ROOT), "step": step}))
         folders = {"pretrained_model_name_or_path": assets[0], "train_data_dir": assets[1]}
         folders["output_dir"] = tmp_path / output
@@ -293,8 +288,9 @@ def test_a_signal_to_the_process_group_does_not_take_the_workers(whole, start, f
 
 def test_a_second_signal_stops_at_once(start, finish, tmp_path):
     """In the middle of the save after the first: what was saved before is as it was, and half a save is cleaned up."""
-    code, printed = start(in_step=SIGNAL.format("SIGINT"), in_save=SIGNAL.format("SIGINT"))
-    assert code == -signal.SIGINT, printed
+    later = "time.sleep(1.1); " + SIGNAL.format("SIGINT") + "; time.sleep(60)"
+    code, printed = start(in_step=SIGNAL.format("SIGINT"), in_save=later)
+    assert code == 128 + signal.SIGINT, printed
     assert (tmp_path / "run/.checkpoint-4").exists()
     assert steps(tmp_path / "run") == [2]
     finish(after=2)
@@ -311,7 +307,6 @@ def test_a_signal_that_a_launcher_passes_on_as_well_is_one_signal(stopped, finis
     """systemd and Slurm signal every process, and torchrun passes on to its own what it gets itself."""
 
     def both():
-        monkeypatch.setenv("LOCAL_RANK", "0")
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -323,13 +318,13 @@ def test_a_signal_that_a_launcher_passes_on_as_well_is_one_signal(stopped, finis
 
 @pytest.mark.parametrize(("error", "state"), [(RuntimeError("planted"), "crashed"), (None, "aborted")])
 def test_swanlab_is_told_how_a_run_ended(stopped, monkeypatch, error, state):
-    told, original = [], trainer.report
+    told, original = [], trainer.Tracker.attempt
 
-    def report(run, send, *args, **kwargs):
+    def attempt(tracker, send, *args, **kwargs):
         told.append(kwargs)
-        original(run, send, *args, **kwargs)
+        original(tracker, send, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "report", report)
+    monkeypatch.setattr(trainer.Tracker, "attempt", attempt)
     plant(monkeypatch, 3, failing(error) if error else send(signal.SIGINT))
     assert stopped("--report_to=swanlab")[0] == (1 if error else 130)
     assert told[-1]["state"] == state
@@ -419,7 +414,7 @@ def test_a_worker_that_is_killed(stopped, finish, monkeypatch, tmp_path):
     finish("--dataloader_num_workers=1", after=last)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (trainer, "update_average")])
+@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (trainer.Average, "update")])
 def test_an_error_amid_the_optimizer_step_saves_nothing(stopped, finish, monkeypatch, tmp_path, owner, name):
     """What is in memory then belongs to no step: some weights, moments or averages have moved, others have not."""
     original, fail = getattr(owner, name), failing(RuntimeError("unexpected"), after=3)
@@ -523,12 +518,12 @@ SHORT = ("--train_batch_size=2", "--gradient_accumulation_steps=1", "--max_train
 EIGHT_BITS = ("--use_8bit_adam", "--checkpointing_steps=1", "--max_train_steps=5")
 
 
-def poison(loss, run):
+def poison(run, micro_batch):
     """Make the loss NaN."""
-    return loss * math.nan
+    micro_batch["noise"].fill_(math.nan)
 
 
-def poison_gradient(loss, run):
+def poison_gradient(run, micro_batch):
     """Make one number of one gradient NaN; the loss stays what it is."""
 
     def spoil(gradient):
@@ -537,7 +532,6 @@ def poison_gradient(loss, run):
         return gradient
 
     run.unet.conv_out.bias.register_hook(spoil)
-    return loss
 
 
 @pytest.mark.parametrize(
@@ -563,27 +557,26 @@ def test_numbers_that_are_none_never_reach_the_weights(stopped, monkeypatch, tmp
 
     It notices when it reads the metrics, `every` so many steps, before it saves, and at the end.
     """
-    original, runs, states, timesteps = trainer.diffusion_loss, [], [], []
+    runs, states, timesteps = [], [], []
 
-    def diffusion_loss(run, micro_batch):
-        loss = original(run, micro_batch)
+    def before_micro_batch(run, micro_batch):
         if run.step >= step - 1:
             runs.append(run)
             states.append([parameter.detach().clone() for parameter in run.unet.parameters()])
         if run.step == step - 1:
             timesteps.extend(micro_batch["timesteps"].tolist())
-            loss = how(loss, run)
-        return loss
+            how(run, micro_batch)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
     monkeypatch.setattr(trainer, "LOG_EVERY", every)
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)  # which torchao would do, for minutes
     code, printed = stopped(*SHORT, "--checkpointing_steps=4", "--lr_warmup_steps=0", *flags)
     assert code == 1
     assert "Traceback" not in printed
     assert f"error: step {step}: " in printed
+    stream = runs[0].stream
     for position, timestep in zip(range(2 * step - 2, 2 * step), timesteps, strict=True):
-        assert f"{runs[0].stream.row(position)} ({timestep})" in printed
+        assert f"{stream.rows.kept[stream.index(position)]} ({timestep})" in printed
     for state in (*states, list(runs[0].unet.parameters())):
         assert all(map(torch.equal, states[0], state))
     assert steps(tmp_path / "run") == saved
@@ -598,12 +591,12 @@ def test_numbers_that_are_none_never_reach_the_weights(stopped, monkeypatch, tmp
 def test_what_comes_after_a_number_that_is_none_is_not_saved(stopped, monkeypatch, tmp_path, fault):
     """Neither by a signal nor by an error that comes before the host has noticed."""
     plant(monkeypatch, 4, fault)
-    original = trainer.diffusion_loss
 
-    def diffusion_loss(run, micro_batch):
-        return original(run, micro_batch) * (math.nan if run.step == 2 else 1)
+    def before_micro_batch(run, micro_batch):
+        if run.step == 2:
+            poison(run, micro_batch)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
     code, printed = stopped("--checkpointing_steps=100", "--report_to=tensorboard")
     assert code == 1
     assert "error: step 3: " in printed
@@ -614,24 +607,26 @@ def test_what_comes_after_a_number_that_is_none_is_not_saved(stopped, monkeypatc
 @pytest.mark.parametrize(("overflows", "last"), [({2, 3, 4}, 4), ({2, 3, 5, 6}, None)])
 def test_steps_that_overflow_in_a_row_stop_the_run(train, stopped, monkeypatch, tmp_path, overflows, last):
     """fp16's scaler, on the CPU. One step that does not overflow makes the count start anew."""
-    original, load_run, starts = trainer.diffusion_loss, trainer.Run, []
+    build, starts = trainer.Run, []
 
-    def diffusion_loss(run, micro_batch):
+    def before_micro_batch(run, micro_batch):
         if run.step == 1 and not starts:
             starts.append({name: value.clone() for name, value in run.unet.state_dict().items()})
-        return original(run, micro_batch) * (math.inf if run.step + 1 in overflows else 1)
+        if run.step + 1 in overflows:
+            micro_batch["noise"].fill_(math.inf)
 
     def with_scaler(*args):
-        run = load_run(*args)
-        run.accelerator.scaler = run.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        run.optimizer.__setstate__({})  # as accelerate does for an optimizer with a scaler
-        run.optimizer.optimizer.__dict__.pop("found_inf", None)  # the scaler has its own
+        run = build(*args)
+        adamw = run.optimizer.adamw
+        run.accelerator.scaler = adamw.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        adamw.__setstate__({})  # as accelerate does for an optimizer with a scaler
+        adamw.optimizer.__dict__.pop("found_inf", None)  # the scaler has its own
         monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
         return run
 
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 3)
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
-    monkeypatch.setattr(trainer, "load_run", with_scaler)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
+    monkeypatch.setattr(trainer, "Run", with_scaler)
     if last is None:
         assert steps(train(*FLAGS, *SHORT, "--max_train_steps=6", "--checkpointing_steps=100").output) == [6]
         return
@@ -675,28 +670,6 @@ def test_an_error_in_one_process_ends_all(pair):
     assert "RuntimeError: unexpected" in printed
     explains(printed, output, 5)
     assert steps(output) == [3, 4, 5]
-
-
-OUT_OF_MEMORY = "raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.')"
-
-
-def test_two_processes_agree_on_a_micro_batch(start, train, assets, tmp_path):
-    """Four samples each, of which one process has room for two; what runs out of memory later is an error."""
-    flags = ("--train_batch_size=4", "--gradient_accumulation_steps=1", "--max_train_steps=10", "--learning_rate=3e-4")
-    small = f"if len(micro_batch['timesteps']) > 2: {OUT_OF_MEMORY}"
-    code, printed = start(*flags, "--micro_batch_size=auto", processes=2, in_pass=small)
-    assert code == 0, printed
-    train(*FLAGS, "--train_batch_size=8", *flags[1:], output="one")
-    begin, folders = weights(assets[0] / "unet"), [tmp_path / output / "checkpoint-10" for output in ("run", "one")]
-    assert [sd_config.read_state(folder)["micro_batch_size"] for folder in folders] == [2, 8]
-    for part in ("unet", "unet_ema"):
-        assert difference(*(weights(folder / part) for folder in folders), begin) <= 1e-4
-
-    small = f"if run.step == 2: {OUT_OF_MEMORY}"
-    code, printed = start(*PAIR, "--micro_batch_size=auto", output="later", processes=2, in_pass=small)
-    assert code != 0
-    assert "CUDA out of memory" in printed
-    explains(printed, tmp_path / "later", 2)
 
 
 def test_one_process_two_and_one_again(whole, pair, train, assets):

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+import faults
 from conftest import trainer
 
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
@@ -87,28 +88,26 @@ def test_fp16_needs_a_gpu(train, capsys):
 
 def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
     """fp16's scaler, on the CPU: weights and EMA stay, the step counts, and the metrics say that it was skipped."""
-    original, add, loss = trainer.Run, trainer.Progress.add, trainer.diffusion_loss
-    states = []
+    build, states = trainer.Run, []
 
-    def diffusion_loss(run, micro_batch):
-        return loss(run, micro_batch) * (math.inf if run.step == 0 else 1)
+    def before_micro_batch(run, micro_batch):
+        if run.step == 0:
+            micro_batch["noise"].fill_(math.inf)
 
-    def load_run(*args):
-        run = original(*args)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        run.accelerator.scaler = run.optimizer.scaler = scaler
-        run.optimizer.__setstate__({})  # as accelerate does for an optimizer with a scaler
+    def note(run):
+        parameters = (*run.unet.parameters(), *run.average.ema.shadow_params)
+        states.append([parameter.detach().clone() for parameter in parameters])
+
+    def with_scaler(*args):
+        run = build(*args)
+        run.accelerator.scaler = run.optimizer.adamw.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        run.optimizer.adamw.__setstate__({})  # as accelerate does for an optimizer with a scaler
         monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
-        states.append([p.detach().clone() for p in (*run.unet.parameters(), *run.average.ema.shadow_params)])
+        note(run)
         return run
 
-    def note(progress, metrics):
-        states.append([p.detach().clone() for p in (*progress.run.unet.parameters(), *progress.run.average.ema.shadow_params)])
-        return add(progress, metrics)
-
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
-    monkeypatch.setattr(trainer, "load_run", load_run)
-    monkeypatch.setattr(trainer.Progress, "add", note)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch, after_step=note)
+    monkeypatch.setattr(trainer, "Run", with_scaler)
     run = train("--use_ema", "--train_batch_size=2", "--max_train_steps=2", "--checkpointing_steps=1")
     assert [run.logs[step]["train/skipped"] for step in (1, 2)] == [1, 0]
     before, skipped, stepped = states
@@ -120,12 +119,12 @@ def test_a_step_that_overflows_is_spent_but_changes_nothing(train, monkeypatch):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, capsys, poison):
-    original = trainer.diffusion_loss
 
-    def diffusion_loss(run, micro_batch):
-        return original(run, micro_batch) * (poison if run.step == 3 else 1)
+    def before_micro_batch(run, micro_batch):
+        if run.step == 3:
+            micro_batch["noise"].fill_(poison)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
     with pytest.raises(SystemExit) as end:
         train("--train_batch_size=1", "--max_train_steps=9", "--checkpointing_steps=2")
     assert end.value.code == 1
@@ -156,7 +155,6 @@ def between_readings(monkeypatch):
 
         wrap(trainer, "train_step")
         wrap(trainer.Progress, "add")
-        wrap(trainer.Progress, "ask")
 
     return watch
 
@@ -202,42 +200,40 @@ def test_no_step_synchronises_the_device(train, between_readings, flags):
     assert len(train(*STEPS, *flags).logs) == 22
 
 
-def test_metrics_are_read_one_reading_later(train, monkeypatch):
-    """So that the device has steps to do while the host reads; at a save, a validation and the end, all at once."""
+def test_metrics_are_read_every_ten_steps_and_before_a_save(train, monkeypatch):
+    """And shown at once: after step 10, the bar has the loss of step 10."""
     read, original = [], trainer.Progress.flush
 
-    def flush(progress, everything=True):
-        original(progress, everything)
-        read.append((progress.run.step, everything, progress.run.loss))
+    def flush(progress):
+        original(progress)
+        read.append((progress.run.step, progress.loss, progress.bar.postfix))
 
     monkeypatch.setattr(trainer.Progress, "flush", flush)
     run = train("--train_batch_size=1", "--max_train_steps=25", "--checkpointing_steps=24")
     losses = {step: values["train/loss"] for step, values in run.logs.items()}
     assert list(losses) == list(range(1, 26))
-    assert read[1:] == [(20, False, losses[10]), (24, True, losses[24]), (25, True, losses[25])]
-    assert (read[0][:2], math.isnan(read[0][2])) == ((10, False), True)
+    assert [(step, loss) for step, loss, _ in read] == [(step, losses[step]) for step in (10, 20, 24, 25)]
+    assert all(shown.startswith(f"loss {loss:.4f}, ") for _, loss, shown in read)
 
 
 def test_the_loss_needs_nothing_from_the_host(assets):
     """On the meta device, which has no values to read and where tables left on the host cannot be indexed."""
-    model = UNet2DConditionModel.from_pretrained(assets[0] / "unet").to("meta")
-    vae = AutoencoderKL.from_pretrained(assets[0] / "vae").to("meta")
-    text_encoder = CLIPTextModel.from_pretrained(assets[0] / "text_encoder").to("meta")
-    flags = {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0, "dream_training": True}
-    run = types.SimpleNamespace(
-        args=types.SimpleNamespace(**flags, dream_detail_preservation=1.0),
-        network=model,
-        vae=vae,
-        text_encoder=text_encoder,
-        prediction_type="epsilon",
-        alphas_cumprod=ALPHA_BAR.to("meta"),
+    network = UNet2DConditionModel.from_pretrained(assets[0] / "unet").to("meta")
+    pipeline = types.SimpleNamespace(
+        vae=AutoencoderKL.from_pretrained(assets[0] / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(assets[0] / "text_encoder"),
+        tokenizer=None,
     )
+    accelerator = types.SimpleNamespace(mixed_precision="no", device=torch.device("meta"))
+    options = {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0, "dream_detail_preservation": 1.0}
+    options |= {"prediction_type": "epsilon", "alphas_cumprod": ALPHA_BAR.to("meta")}
     latents = ("posterior_noise", "noise", "input_perturbation")
     micro_batch = {name: torch.empty(2, 4, 8, 8, device="meta") for name in latents}
     micro_batch["pixel_values"] = torch.empty(2, 3, 64, 64, device="meta")
     micro_batch["noise_offset"] = torch.empty(2, 4, 1, 1, device="meta")
     micro_batch["input_ids"] = torch.zeros(2, 77, dtype=torch.int64, device="meta")
     micro_batch["timesteps"] = torch.zeros(2, dtype=torch.int64, device="meta")
-    loss = trainer.diffusion_loss(run, micro_batch)
+    encoded = trainer.Frozen(pipeline, accelerator).encode(micro_batch)
+    loss = trainer.diffusion_loss(network, *encoded, micro_batch, **options)
     assert loss.shape == ()
     assert loss.device.type == "meta"

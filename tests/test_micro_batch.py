@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import faults
 import sd_config
-from conftest import assert_same_state, difference, trainer, weights
+from conftest import assert_same_state, difference, weights
 
 # Steps of four samples, in the tutorial's own way: one at a time.
 FLAGS = (
@@ -22,21 +23,19 @@ FLAGS = (
 @pytest.fixture
 def batches(monkeypatch):
     """The size of every micro-batch, as they come. `fails` says which of them are too large for memory, and when."""
-    sizes, original = [], trainer.diffusion_loss
+    sizes = []
 
-    def diffusion_loss(run, micro_batch):
+    def note(run, micro_batch):
         size = len(micro_batch["timesteps"])
         sizes.append((run.step, size))
-        loss = original(run, micro_batch)
-        if diffusion_loss.fails(run.step, size, [each for step, each in sizes if step == run.step].count(size)):
-            raise diffusion_loss.error
-        return loss
+        if note.fails(run.step, size, [each for step, each in sizes if step == run.step].count(size)):
+            raise note.error
 
-    diffusion_loss.fails = lambda step, size, count: False
-    diffusion_loss.sizes = sizes
-    diffusion_loss.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
-    return diffusion_loss
+    note.fails = lambda step, size, count: False
+    note.sizes = sizes
+    note.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    faults.plant(monkeypatch.setattr, before_micro_batch=note)
+    return note
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_micro_batches_of_any_size_train_the_same(train, assets, batches, plain)
         run = train(*FLAGS, f"--micro_batch_size={size}", output=f"by-{size}")
         assert batches.sizes == [(step, expected) for step in range(10) for _ in range(4 // expected)]
         assert_trains_alike(run, plain, weights(assets[0] / "unet"))
-        assert sd_config.read_state(run.output / "checkpoint-10")["micro_batch_size"] == expected
+        assert sd_config.read_state(run.output / "checkpoint-10").micro_batch_size == expected
 
 
 @pytest.mark.parametrize(
@@ -88,10 +87,10 @@ def test_out_of_memory_leads_to_the_same_result(train, assets, batches, plain, c
     assert batches.sizes[-1] == (9, found)
     printed = capsys.readouterr().out
     assert f"note: out of memory; micro-batches of {found} instead of {2 * found} from here on" in printed
-    assert sd_config.read_state(run.output / "checkpoint-10")["micro_batch_size"] == found
+    assert sd_config.read_state(run.output / "checkpoint-10").micro_batch_size == found
     batches.sizes.clear()
     resumed = [f"--resume_from_checkpoint={run.output / 'checkpoint-5'}", "--micro_batch_size=auto"]
-    saved = sd_config.read_state(run.output / "checkpoint-5")["micro_batch_size"]
+    saved = sd_config.read_state(run.output / "checkpoint-5").micro_batch_size
     batches.fails = lambda step, size, count: False
     again = train(*FLAGS, *resumed, output="again")
     assert {size for _, size in batches.sizes} == {saved}
@@ -143,34 +142,3 @@ def test_another_error_is_not_taken_for_it(train, batches, capsys):
         train(*FLAGS, "--micro_batch_size=auto")
     assert {size for _, size in batches.sizes} == {4}
     assert "something else" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [(), ("--use_8bit_adam",)])
-def test_moments_are_allocated_without_changing_anything(train, flags):
-    """Several processes need them before they agree on a size; with no epsilon, which would make 0 / 0."""
-    seen = []
-    original = trainer.train_step
-
-    def train_step(run, batch):
-        before = [parameter.detach().clone() for parameter in run.unet.parameters()]
-        (group,) = run.optimizer.param_groups
-        group["eps"] = 0.0
-        trainer.allocate_moments(run)
-        assert group["eps"] == 0
-        group["eps"] = 1e-8
-        assert all(map(torch.equal, before, run.unet.parameters()))
-        assert len(run.optimizer.state) == len(before)
-        assert all(state["step"] == run.step for state in run.optimizer.state.values())
-        assert not any(parameter.grad is not None for parameter in run.unet.parameters())
-        seen.append(run.step)
-        return original(run, batch)
-
-    shared = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-4", *flags)
-    plain = train(*shared, output="plain")
-    trainer.train_step = train_step
-    try:
-        run = train(*shared, output="run")
-    finally:
-        trainer.train_step = original
-    assert seen == [0, 1]
-    assert_same_state(plain.output / "checkpoint-2", run.output / "checkpoint-2")

@@ -121,8 +121,8 @@ def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, c
     for part in ("unet", "unet_ema"):
         single, shared = (weights(here / name / "checkpoint-12" / part) for name in ("one", "two"))
         assert difference(shared, single, begin) <= 1e-4
-    assert sd_config.read_state(here / "two/checkpoint-12")["loss"] == pytest.approx(
-        sd_config.read_state(here / "one/checkpoint-12")["loss"], rel=1e-3
+    assert sd_config.read_state(here / "two/checkpoint-12").loss == pytest.approx(
+        sd_config.read_state(here / "one/checkpoint-12").loss, rel=1e-3
     )
 
 

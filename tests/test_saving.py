@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+import faults
 import sd_config
 from conftest import assert_same_state, litter, trainer
 
@@ -27,27 +28,22 @@ def order(monkeypatch):
     `order.hold` delays the writing of a checkpoint until that step is done.
     """
     events, passed = [], {step: threading.Event() for step in range(1, 7)}
-    step, seal = trainer.train_step, sd_config.write_manifest
 
-    def train_step(run, batch):
-        metrics = step(run, batch)
+    def after_step(run):
         events.append(("step", run.step))
         passed[run.step].set()
-        return metrics
 
-    def slow_seal(folder):
+    def while_saving(folder):
         number = int(folder.name.rpartition("-")[2])
         if number in order.hold:
             assert passed[order.hold[number]].wait(60)
-        seal(folder)
         events.append(("written", number))
 
     def order():
         return events
 
     order.hold, order.passed = {}, passed
-    monkeypatch.setattr(trainer, "train_step", train_step)
-    monkeypatch.setattr(sd_config, "seal", slow_seal)
+    faults.plant(monkeypatch.setattr, after_step=after_step, while_saving=while_saving)
     return order
 
 
@@ -111,14 +107,13 @@ def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, 
             raise OSError(28, "No space left on device")
         return save(tensors, file)
 
-    def train_step(run, batch):
+    def wait_for_it(run, _micro_batch):
         if run.step == 4:
             assert failed.wait(60)
-        return step(run, batch)
 
-    save, step = torch.save, trainer.train_step
+    save = torch.save
     monkeypatch.setattr(torch, "save", fail)
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    faults.plant(monkeypatch.setattr, before_micro_batch=wait_for_it)
     with pytest.raises(SystemExit) as end:
         train(*FLAGS)
     assert end.value.code == 1
