@@ -14,8 +14,9 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import faults
 import sd_config
-from conftest import ROOT, assert_same, trainer, weights
+from conftest import ROOT, assert_same, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-4")
 
@@ -66,7 +67,7 @@ def test_flag(train, plain, name):
 
 def test_every_flag_has_a_test_of_that_name_and_is_read():
     tests = {function.removeprefix("test_flag_") for function in globals() if function.startswith("test_flag_")}
-    flags = {action.dest for action in sd_config.build_parser()._actions} - {"help"}
+    flags = set(vars(sd_config.parse_args([])))
     assert flags == tests | set(TRAINING)
     source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("sd_config.py", "train_sd1-5_naruto.py"))
     read = set(re.findall(r"args\.(\w+)", source))
@@ -303,8 +304,7 @@ def test_flag_enable_xformers_memory_efficient_attention(train, monkeypatch):
     monkeypatch.setattr(
         UNet2DConditionModel, "enable_xformers_memory_efficient_attention", lambda self: events.append("enabled")
     )
-    original = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda *args: events.append("step") or original(*args))
+    faults.plant(monkeypatch.setattr, after_step=lambda run: events.append("step"))
     train(*FROZEN, "--enable_xformers_memory_efficient_attention")
     assert events == ["enabled", "step"]
 
@@ -343,7 +343,7 @@ def test_flag_checkpoints_total_limit(train, monkeypatch):
         original(folder)
 
     flags = ("--max_train_steps=3", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
-    monkeypatch.setattr(trainer, "discard", discard)
+    monkeypatch.setattr(sd_config, "discard", discard)
     assert saved_steps(train(*FROZEN, *flags)) == [3]
     assert ("checkpoint-1", ["checkpoint-1", "checkpoint-2"]) in present
     assert ("checkpoint-2", ["checkpoint-2", "checkpoint-3"]) in present
@@ -493,13 +493,8 @@ def test_flag_cache_latents(train, assets, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("size", "sizes"), [("", [3, 3]), ("=6", [6]), ("=2", [2, 2, 2]), ("=auto", [6])])
 def test_flag_micro_batch_size(train, monkeypatch, size, sizes):
-    seen, original = [], trainer.diffusion_loss
-
-    def diffusion_loss(run, micro_batch):
-        seen.append(len(micro_batch["timesteps"]))
-        return original(run, micro_batch)
-
-    monkeypatch.setattr(trainer, "diffusion_loss", diffusion_loss)
+    seen = []
+    faults.plant(monkeypatch.setattr, before_micro_batch=lambda _, batch: seen.append(len(batch["timesteps"])))
     flag = [f"--micro_batch_size{size}"] if size else []
     train("--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_train_steps=1", *flag)
     assert seen == sizes

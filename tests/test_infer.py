@@ -111,7 +111,7 @@ def test_defaults_are_those_of_the_tutorial(assets, tmp_path, monkeypatch):
     assert (args.num_images, args.seed, args.num_inference_steps, args.guidance_scale) == (1, None, 50, 7.5)
     rest = ("checkpoint", "negative_prompt", "height", "width", "scheduler", "device", "dtype")
     assert {getattr(args, name) for name in rest} == {None}
-    assert Path(sd_config.build_parser().get_default("output_dir")) == Path(args.model_path)
+    assert Path(sd_config.Parser("", sd_config.FLAGS).get_default("output_dir")) == Path(args.model_path)
 
 
 def test_without_flags_the_trained_folder_is_drawn_from(train, draw):
@@ -291,7 +291,7 @@ def test_model_path_overrides_the_base_of_a_checkpoint(train, draw, refuse, asse
 def test_base_is_loaded_as_the_checkpoint_says(train, monkeypatch):
     """Its revision, variant and cache belong to its base; they mean nothing for another one."""
     checkpoint = last_checkpoint(train(*SHORT))
-    state = sd_config.read_state(checkpoint)
+    state = vars(sd_config.read_state(checkpoint))
     base = {"revision": "v2", "variant": "fp16", "cache_dir": "cache"}
     state |= {"base_model": "owner/base", "args": state["args"] | base}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")

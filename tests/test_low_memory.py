@@ -1,8 +1,6 @@
 """--low_memory: half of the weights' bits, a quarter of the moments', and still every update counts."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,24 +75,20 @@ def test_updates_too_small_for_bf16_add_up(train, assets):
     assert 0.8 < progress < 1.2
 
 
-@pytest.mark.parametrize(("low", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
-def test_the_average_moves_in_float32(low, dtype):
+@pytest.mark.parametrize(("on_host", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_the_average_moves_in_float32(on_host, dtype):
     """As diffusers moves it, but on the host for weights of any precision."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(30, 20)
-    one, other = EMAModel(layer.parameters()), EMAModel(layer.parameters())
-    run = SimpleNamespace(args=SimpleNamespace(low_memory=low), ema=one, averaging=None)
-    run.threads, run.accelerator = ThreadPoolExecutor(1), SimpleNamespace(device=torch.device("cpu"))
+    average, other = trainer.Average(layer, torch.device("cpu"), on_host), EMAModel(layer.parameters())
     for _ in range(50):
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        seen = torch.nn.Linear(30, 20)
-        seen.load_state_dict(layer.state_dict())
-        run.unet = seen.to(dtype)
-        trainer.update_average(run)
-        other.step([parameter.float() for parameter in seen.parameters()])
-        for mine, theirs in zip(trainer.settled_average(run), other.shadow_params, strict=True):
+        seen = [parameter.detach().clone().to(dtype).requires_grad_() for parameter in layer.parameters()]
+        average.update(seen)
+        other.step([parameter.float() for parameter in seen])
+        for mine, theirs in zip(average.settled(), other.shadow_params, strict=True):
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import sd_config
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,26 +22,6 @@ def test_nothing_else_lies_at_top_level():
     top = {name.split("/")[0] for name in tracked.splitlines() if not name.startswith(".")}
     scripts = {"train_sd1-5_naruto.py", "sd_config.py", "infer.py"}
     assert top <= scripts | {"requirements.txt", "README.md", "tests", "images"}
-
-
-def flag_rows(parser):
-    """The rows that the README's table of flags must have."""
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            if action.dest == "help" or group.title == "options":
-                continue
-            default = "" if action.default is None or action.default is False else action.default
-            if isinstance(default, list):
-                default = "four prompts"
-            text = action.help.replace("|", "\\|")
-            yield f"| `--{action.dest}` | {default} | {text} |"
-
-
-def test_the_readme_lists_every_flag_with_its_default_and_help():
-    rows = list(flag_rows(sd_config.build_parser()))
-    assert len(rows) > 50
-    missing = [row for row in rows if row not in README]
-    assert not missing, "\n".join(missing)
 
 
 def test_the_readme_has_no_gap_left_to_fill():
