@@ -548,7 +548,7 @@ def test_too_little_room_is_found_before_weights_are_loaded(run, upto, there):
     ended = run(*SIX, *([LATEST] if there else []), before=functools.partial(no_weights, 10_000_000))
     assert ended.code == 2, ended.printed
     needed = "0.05 GB needed (1 checkpoint(s)" if there else "0.07 GB needed (3 checkpoint(s)"
-    message = f"error: --output_dir {output}: 0.01 GB free, at least {needed} of 0.03 GB and an export of 0.02 GB)\n"
+    message = f"error: --output_dir {output}: 0.01 GB free, at least {needed} of 0.03 GB, an export of 0.02 GB)\n"
     assert ended.printed.count(message) == len(re.findall("^error: ", ended.printed, re.M)) == 1
     assert steps(output) == set(range(2, there + 1, 2))
 

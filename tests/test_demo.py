@@ -9,9 +9,9 @@ import pytest
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import infer
 import measure
 import portraits
 from conftest import ROOT
@@ -106,7 +106,9 @@ def test_the_demo_in_short_learns(train, tmp_path):
 def test_two_rows_of_pictures_make_one_comparison(tmp_path):
     """Of the same prompts only."""
     for name, prompt in (("before-0", "a cat"), ("before-1", "a dog"), ("after-0", "a cat"), ("after-1", "a dog")):
-        infer.save_png(Image.new("RGB", (64, 64), "red"), tmp_path / f"{name}.png", {"prompt": prompt})
+        text = PngInfo()
+        text.add_itxt("prompt", prompt)
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png", pnginfo=text)
     command = [sys.executable, DEMO / "compare.py", "--output", tmp_path / "both.png", "--before"]
     before, after = sorted(tmp_path.glob("before-*.png")), sorted(tmp_path.glob("after-*.png"))
     done = subprocess.run([*command, *before, "--after", *after], capture_output=True, text=True, check=False)
