@@ -523,9 +523,7 @@ def resolve_output(args, problems, notices):
 def conflicts(args, wanted):
     """Yield what a run would write over: another run, later checkpoints of its own, or what no run has written.
 
-    Args:
-        args (argparse.Namespace): the flags, with the checkpoint found.
-        wanted (str or None): --resume_from_checkpoint as it was given.
+    `args` hold the checkpoint found, and `wanted` is --resume_from_checkpoint as it was given, or None.
     """
     output, checkpoint, known = Path(args.output_dir), args.resume_from_checkpoint, checkpoints(args.output_dir)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
@@ -730,8 +728,9 @@ def hidden_beside(folder):
     return folder.with_name(f".{folder.name}")
 
 
-def put_in_place(hidden, final):
-    """Rename a folder that is written whole to its final name, after deleting what had that name."""
+def put_in_place(hidden):
+    """Give a folder that is written whole the name that `hidden_beside` hid, after deleting what had that name."""
+    final = hidden.with_name(hidden.name[1:])
     discard(final)
     hidden.rename(final)
     flush(final.parent, within=False)
@@ -813,13 +812,8 @@ def leftovers(args):
 class Plan:
     """The arithmetic of a run. A step is an optimizer step; steps are counted from 1 once they are done.
 
-    Args:
-        args (argparse.Namespace): the flags.
-        rows (int): rows of the data set that are trained on.
-        processes (int): processes that share each step.
-        parameters (int): weights of the UNet.
-        texts (int): distinct captions.
-        width (int): numbers in what the text encoder makes of one token.
+    It follows from the flags and five counts: rows trained on, processes that share each step, weights of the UNet
+    (`parameters`), distinct captions (`texts`), and numbers in the encoding of one token (`width`).
     """
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
@@ -929,11 +923,8 @@ def encoded_size(folder):
 def compare_runs(saved, plan, now, data):
     """Compare the run that a checkpoint belongs to with the one that is to go on from it.
 
-    Args:
-        saved (TrainerState): the checkpoint's.
-        plan (Plan): of the run that is to go on.
-        now (dict): its arguments, with the seed and the precision that were settled on.
-        data (str): fingerprint of its data set.
+    `saved` is the checkpoint's `TrainerState`. Of the run that goes on, `plan` is the plan, `now` a dictionary of its
+    arguments with the seed and the precision that were settled on, and `data` the fingerprint of its data set.
 
     Returns two lists of strings: problems, where the stream of samples could not go on or the checkpoint lacks what is
     needed, and warnings, where the rest of the training will differ from its beginning.

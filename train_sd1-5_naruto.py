@@ -103,10 +103,8 @@ def main(args):
 
 def choose_seed(args, saved, accelerator):
     """Return the run's seed: the one given, the checkpoint's, or one that rank 0 draws for all."""
-    if args.seed is not None:
-        return args.seed
-    if saved:
-        return saved.seed
+    if args.seed is not None or saved:
+        return saved.seed if args.seed is None else args.seed
     seed = broadcast_object_list([secrets.randbits(32)])[0]
     accelerator.print(f"No --seed given: drew {seed}. Give it to repeat this run.")
     return seed
@@ -323,10 +321,7 @@ def permutation(seed, epoch, length):
 
 
 def train(run):
-    """Train from the step that the run has reached to its last, saving and validating when the plan says so.
-
-    After the first SIGTERM or SIGINT, finish the step, save, and exit with the code that shells give that signal.
-    """
+    """Train from the step that the run has reached to its last, saving and validating when the plan says so."""
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
     run.progress.start()
@@ -355,7 +350,7 @@ def train(run):
 
 
 def leave_if_asked(run, signals):
-    """Save and exit if a process of this run has received a signal."""
+    """If a process of this run has received a signal, save, and exit with the code that shells give that signal."""
     if number := signals.received_by_any():
         run.progress.flush()
         run.checkpoints.save(run)
@@ -521,6 +516,10 @@ class Average:
             self.update_on_host.result()
         return self.ema.shadow_params
 
+    def by_name(self, unet):
+        """Return the averaged weights by the names that `unet` gives them."""
+        return dict(zip(dict(unet.named_parameters()), self.settled(), strict=True))
+
 
 @torch.no_grad()
 def average_on_host(averages, weights, weight, arrived):
@@ -586,11 +585,9 @@ class Progress:
 
 def describe_step(run, step, loss, grad_norm):
     """Say what was not finite in a step that the weights did not take, and which samples it saw."""
-    first, size, stream = run.plan.positions(step - 1)[0], run.plan.effective_batch, run.stream
-    seen = [
-        f"{stream.rows.kept[stream.index(position)]} ({int(stream.draw(position)['timesteps'])})"
-        for position in range(first, first + min(size, 64))
-    ]
+    first, size, stream = (step - 1) * run.plan.effective_batch, run.plan.effective_batch, run.stream
+    rows = [stream.rows.kept[stream.index(position)] for position in range(first, first + min(size, 64))]
+    seen = [f"{row} ({int(stream.draw(first + index)['timesteps'])})" for index, row in enumerate(rows)]
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}. The weights did not take it; nothing was saved since.\n"
         f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"
@@ -709,7 +706,7 @@ class Signals:
 
 
 def ignore_signals(_worker):
-    """Leave it to the training process to act on a signal: the step that it finishes needs the loader's workers."""
+    """Have a loader's worker outlive a signal: the training process still needs it, to finish its step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -798,12 +795,11 @@ def create_accelerator(args):
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word.
         problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
-    launched, kind = os.environ.get("WORLD_SIZE", "1"), accelerator.distributed_type
-    if launched != str(accelerator.num_processes):
-        problems.append(
-            f"WORLD_SIZE {launched}: accelerate sees {accelerator.num_processes} process(es); launch with "
-            "accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
-        )
+    launched, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
+    if launched != str(seen):
+        remedy = "launch with accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
+        problems.append(f"WORLD_SIZE {launched}: accelerate sees {seen} process(es); {remedy}")
+    kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism")
     stop_if(problems)
@@ -1041,10 +1037,9 @@ class Rows:
 
 
 def load_rows(args, tokenizer, seed, accelerator):
-    """Return the `Rows` to train on.
+    """Return the `Rows` to train on; exit with code 2 if anything of them is missing or not usable.
 
-    Exits with code 2 if the data set, its train split, a column, a caption or a picture's file is missing or not
-    usable. Whether a picture can be decoded is found out here only with --skip_bad_rows.
+    Whether a picture can be decoded is found out here only with --skip_bad_rows.
     """
     accelerator.print(f"Reading {args.dataset_name or args.train_data_dir}")
     with accelerator.local_main_process_first():
@@ -1333,10 +1328,7 @@ def encode_held_out(stream, frozen):
 
 @torch.no_grad()
 def measure(run, name):
-    """Log the mean squared error on the rows kept out of training, if there are any, as `name`.
-
-    Whatever loss the run itself trains with, the plain one is measured.
-    """
+    """Log the plain loss, whatever the run trains with, on the rows kept out of training, if any, as `name`."""
     if run.held_out is None:
         return
     plain = {name: run.loss_options[name] for name in ("alphas_cumprod", "prediction_type")}
@@ -1368,16 +1360,13 @@ def validate(run, signals, *, missing_only=False):
         if prompts and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
-            sd_config.put_in_place(hidden, folder)
+            sd_config.put_in_place(hidden)
     run.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
 def drawing(run):
-    """Give the UNet its averaged weights, and the device what encodes and decodes, for as long as this is entered.
-
-    The weights meanwhile wait in the host's memory.
-    """
+    """While this is entered, the UNet has its averaged weights (its own wait on the host), and the device the VAE."""
     weights, home = list(run.unet.parameters()), run.frozen.vae.device
     run.frozen.move(run.accelerator.device)
     run.consistent = False
@@ -1398,9 +1387,9 @@ def draw_prompts(run, folder, signals):
     """Yield a picture of each validation prompt, and save it in the new `folder`, until a signal comes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    parts = {"unet": run.unet, "vae": run.frozen.vae, "text_encoder": run.frozen.text_encoder}
-    parts |= {"tokenizer": run.frozen.tokenizer, "safety_checker": None}
-    pipeline = StableDiffusionPipeline(**{**run.frozen.pipeline.components, **parts}, requires_safety_checker=False)
+    parts = run.frozen.pipeline.components | {"unet": run.unet, "vae": run.frozen.vae, "safety_checker": None}
+    parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.frozen.tokenizer}
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
     settings = {"seed": run.stream.seed, "num_inference_steps": VALIDATION_STEPS}
@@ -1470,7 +1459,7 @@ class Checkpoints:
             torch.save(tensors[OPTIMIZER], folder / OPTIMIZER)
             sd_config.write_state(state, folder)
             sd_config.write_manifest(folder)
-            sd_config.put_in_place(folder, final)
+            sd_config.put_in_place(folder)
         if limit := self.plan.args.checkpoints_total_limit:
             sd_config.prune_checkpoints(final.parent, limit, state.step, self.last_step)
 
@@ -1487,23 +1476,15 @@ def free_memory(group=Path("/sys/fs/cgroup")):
 
 
 def snapshot(run, copied):
-    """Return the tensors of a checkpoint by the name of their file or folder.
-
-    `copied` ones lie in the host's memory, where the training that goes on does not change them.
-    """
+    """Return a checkpoint's tensors by their file or folder; `copied` to the host, no further training changes them."""
     tensors = {"unet": run.unet.state_dict(), OPTIMIZER: run.optimizer.adamw.state_dict()["state"]}
     if run.average:
-        tensors["unet_ema"] = average_by_name(run)
+        tensors["unet_ema"] = run.average.by_name(run.unet)
     if copied:
         tensors = copied_to_host(tensors)
         if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
     return tensors
-
-
-def average_by_name(run):
-    """Return the averaged weights by their names."""
-    return dict(zip(dict(run.unet.named_parameters()), run.average.settled(), strict=True))
 
 
 def copied_to_host(value):
@@ -1546,7 +1527,7 @@ def plain_args(args, accelerator):
 def export(run):
     """Write the output folder's pipeline: the base model's parts untouched, and the UNet as trained.
 
-    With EMA its average is the pipeline's UNet, and the raw weights lie beside it as the variant `non_ema`.
+    With EMA, `unet` holds the average, and beside it the raw weights as the variant `non_ema`.
     """
     accelerator, output, pipeline = run.accelerator, Path(run.args.output_dir), run.frozen.pipeline
     accelerator.wait_for_everyone()
@@ -1554,7 +1535,7 @@ def export(run):
         with sd_config.written_whole(output / ".export", f"the pipeline in {output}", run.plan.export_bytes) as staging:
             infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
             if run.average:
-                pipeline.unet = unet_with(average_by_name(run), run.unet.config)
+                pipeline.unet = unet_with(run.average.by_name(run.unet), run.unet.config)
             pipeline.save_pretrained(staging)
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
