@@ -73,7 +73,8 @@ def train(root, name, model, photos, output):
 
 def digests(output):
     """Yield the digest of each of `COLUMNS`, for a folder that a run has left."""
-    from PIL import Image  # noqa: PLC0415 (slow imports, like the two below: --help should not wait for them)
+    import torchao.optim  # noqa: F401, PLC0415 (makes its 8-bit moments known to `load`; slow, like the others here)
+    from PIL import Image  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
     from torch import load  # noqa: PLC0415
 

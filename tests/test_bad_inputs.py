@@ -5,8 +5,6 @@ import io
 import json
 import random
 import shutil
-import subprocess
-import sys
 import zlib
 
 import datasets
@@ -16,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sd_config
-from conftest import ROOT, learned, trainer, weights
+from conftest import learned, trainer, weights
 
 MODEL, DATA = "--pretrained_model_name_or_path", "--train_data_dir"
 # Where an input can be met: by the parser, before weights load, while they do, and by the loop.
@@ -571,14 +569,3 @@ def test_run_that_a_bad_row_stopped_goes_on_without_it(lab, capfd):
     assert "warning: --skip_bad_rows: False so far, True from here" in out
     assert (result.run.step, THIRD in result.run.stream.rows.kept) == (4, False)
     assert sorted(learned(result)) == [3, 4]
-
-
-@pytest.mark.parametrize("name", ["typo", "no such model", "three at once"])
-def test_bad_flag_is_answered_before_slow_imports(lab, name):
-    """In a process of its own, as people start it."""
-    case = CASES[name]
-    command = [sys.executable, str(ROOT / "train_sd1-5_naruto.py"), *case.prepare(lab).split()]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (answer.returncode, answer.stdout) == (2, "")  # the imports would have been announced
-    lines = answer.stderr.splitlines()
-    assert all(line.startswith(f"error: {says}") for line, says in zip(lines, case.says, strict=True))

@@ -317,31 +317,15 @@ FILES = [
 FILES += ["optimizer.pt", "trainer_state.json", sd_config.MANIFEST]
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
-@pytest.mark.parametrize("name", FILES)
-def test_damage_is_named_and_the_one_before_is_taken(upto, assets, capsys, name, how):
-    output = upto(6)
-    last = output / "checkpoint-6"
-    assert sorted(FILES) == sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
-    wrong = harm(last, name, how)
-    flags = (*common(assets, output), *SIX)
-    args = sd_config.parse_args([*flags, LATEST])
-    assert args.resume_from_checkpoint == output / "checkpoint-4"
-    assert capsys.readouterr().err == f"note: {last}: skipped, not a whole checkpoint: {wrong}\n"
-    with pytest.raises(SystemExit) as end:
-        sd_config.parse_args([*flags, "--resume_from_checkpoint=checkpoint-6"])
-    assert end.value.code == 2
-    message = f"error: --resume_from_checkpoint checkpoint-6: not a whole checkpoint: {wrong}\n"
-    assert capsys.readouterr().err == message
-
-
 @pytest.mark.parametrize(
     ("name", "how", "limit"),
     [("optimizer.pt", "truncated", 3), ("trainer_state.json", "removed", 2), (FILES[1], "flipped", 1)],
 )
 def test_training_goes_on_from_before_the_damage(run, upto, six, name, how, limit):
     output = upto(6)
-    wrong = harm(output / "checkpoint-6", name, how)
+    last = output / "checkpoint-6"
+    assert sorted(FILES) == sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
+    wrong = harm(last, name, how)
     ended = run(*SIX, LATEST, f"--checkpoints_total_limit={limit}", "--checkpointing_steps=2")
     assert ended.code == 0, ended.printed
     assert ended.printed.count("note: ") == ended.printed.count(f"whole checkpoint: {wrong}\n") == 1
@@ -551,14 +535,6 @@ def test_too_little_room_is_found_before_weights_are_loaded(run, upto, there):
     message = f"error: --output_dir {output}: 0.01 GB free, at least {needed} of 0.03 GB, an export of 0.02 GB)\n"
     assert ended.printed.count(message) == len(re.findall("^error: ", ended.printed, re.M)) == 1
     assert steps(output) == set(range(2, there + 1, 2))
-
-
-def test_too_little_room_on_a_real_disk(start, small_disk):
-    output = small_disk("40m") / "run"
-    ended = start(*SIX, output=output, before=no_weights)[1]()
-    assert ended.code == 2, ended.printed
-    assert f"error: --output_dir {output}: 0.04 GB free, at least 0.07 GB needed (3 checkpoint(s)" in ended.printed
-    assert not output.exists()
 
 
 def break_save(part, kind):

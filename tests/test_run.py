@@ -145,26 +145,6 @@ def test_a_checkpoint_holds_what_the_design_says(train):
         UNet2DConditionModel.from_pretrained(folder / part)
 
 
-def test_a_save_that_dies_leaves_no_checkpoint(train, monkeypatch, tmp_path):
-    flags = ("--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
-    original = torch.save
-
-    def save(state, path):
-        original(state, path)
-        if "checkpoint-2" in str(path):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(SystemExit) as end:
-        train(*flags)
-    assert end.value.code == 130
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
-    monkeypatch.setattr(torch, "save", original)
-    run = train(*flags, "--resume_from_checkpoint=latest")
-    assert list(run.logs) == [2, 3]
-    assert sorted(path.name for path in run.output.glob("*checkpoint-*")) == ["checkpoint-3"]
-
-
 def test_the_precision_that_accelerate_was_configured_for_is_remembered(train, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(*SHORT)
@@ -188,51 +168,6 @@ def test_a_checkpoint_saved_while_the_next_trainer_starts_is_not_passed_over(tra
         train(*flags, "--resume_from_checkpoint=latest")
     assert end.value.code == 2
     assert "checkpoint-2 was saved by another process just now; start again" in capsys.readouterr().err
-
-
-def test_no_pickle_is_trusted(train, monkeypatch):
-    loads, original = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(kwargs) or original(*args, **kwargs))
-    train(*SHORT, "--checkpointing_steps=1")
-    train(*SHORT, "--max_train_steps=3", "--resume_from_checkpoint=latest")
-    assert loads and all(kwargs["weights_only"] for kwargs in loads)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--seed=8",), "--seed: 8 here, but 7 in the run"),
-        (
-            ("--train_batch_size=3",),
-            "--train_batch_size x --gradient_accumulation_steps x processes: 3 here, but 2 in the run",
-        ),
-        (("--max_train_samples=5",), "--max_train_samples: 5 here, but None in the run"),
-        (("--use_ema",), "--use_ema: True here, but False in the run"),
-        (("--max_train_steps=1",), "--max_train_steps 1: the checkpoint is already at step 2"),
-    ],
-)
-def test_going_on_with_another_run_is_refused(train, capsys, flags, message):
-    train(*SHORT)
-    with pytest.raises(SystemExit) as error:
-        train(*SHORT, "--resume_from_checkpoint=latest", *flags)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_unfit_base_models_are_refused_before_weights_load(train, assets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
-    for prediction_type, flags, message in (
-        ("sample", (), "--prediction_type: the base model predicts 'sample'"),
-        ("v_prediction", ("--dream_training",), "--dream_training: defined for epsilon only"),
-    ):
-        base = tmp_path / prediction_type
-        shutil.copytree(assets[0], base)
-        file = base / "scheduler/scheduler_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": prediction_type}))
-        with pytest.raises(SystemExit) as error:
-            train(*SHORT, *flags, model=base)
-        assert error.value.code == 2
-        assert message in capsys.readouterr().err
 
 
 # -- validation ----------------------------------------------------------------------------------------------------
