@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -37,23 +38,13 @@ TRAINING = """
 FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in float32: an estimate before the download
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST, STATE, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "samples", ".lock"
-INDEX = "model_index.json"
+MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 OUTPUT = (*PARTS, INDEX, "README.md", SAMPLES)
-# The optional packages, by the flag value that needs them, and what `pip install` calls them.
-PACKAGES = {
-    "report_to swanlab": "swanlab",
-    "report_to tensorboard": "tensorboard",
-    "report_to wandb": "wandb",
-    "use_8bit_adam True": "torchao",
-    "low_memory True": "torchao",
-    "enable_xformers_memory_efficient_attention True": "xformers",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The types of flags
+# The command line: the types of flags, the flags, and their parser
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -61,24 +52,30 @@ class Rejected(str):
     """What a flag's type returns for a value that it does not accept: the value, and what is allowed."""
 
 
+def flag_type(metavar, allowed, convert):
+    """Return a flag type: `convert` returns the value of a text, or None for a text that is not `allowed`."""
+
+    def parse(text):
+        value = convert(text)
+        return Rejected(f"{text}: must be {allowed}") if value is None else value
+
+    parse.metavar = metavar
+    return parse
+
+
 def integer(low, high=None, *, multiple_of=1, word=None):
-    """Return a flag type for whole numbers from `low` to `high` that are multiples of `multiple_of`, or one `word`."""
+    """Return a flag type for whole numbers: `low`, then every `multiple_of`-th up to `high`; or one `word`."""
     allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     if multiple_of > 1:
         allowed = f"a multiple of {multiple_of}, at least {low}"
-    if word:
-        allowed += f", or {word}"
+    numbers = range(low, 10**18 if high is None else high + 1, multiple_of)
 
-    def parse(text):
-        if text == word:
-            return text
-        accepted = re.fullmatch(r"[+-]?\d{1,18}", text.strip()) is not None
-        value = int(text) if accepted else 0
-        accepted = accepted and low <= value <= (value if high is None else high) and value % multiple_of == 0
-        return value if accepted else Rejected(f"{text}: must be {allowed}")
+    def convert(text):
+        if re.fullmatch(r"[+-]?\d{1,18}", text.strip()) and int(text) in numbers:
+            return int(text)
+        return text if text == word else None
 
-    parse.metavar = f"N|{word}" if word else "N"
-    return parse
+    return flag_type(f"N|{word}" if word else "N", f"{allowed}, or {word}" if word else allowed, convert)
 
 
 def real(low, high=math.inf, *, above=False, below=False, infinite=False):
@@ -86,34 +83,20 @@ def real(low, high=math.inf, *, above=False, below=False, infinite=False):
     allowed = f"a number {'above' if above else 'of at least'} {low}"
     if high < math.inf:
         allowed += f" and {'below' if below else 'of at most'} {high}"
-    if infinite:
-        allowed += ", or inf"
 
-    def parse(text):
-        try:
+    def convert(text):
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
-        accepted = (low < value if above else low <= value) and (value < high if below else value <= high)
-        return value if accepted and (infinite or value < math.inf) else Rejected(f"{text}: must be {allowed}")
+            inside = (low < value if above else low <= value) and (value < high if below else value <= high)
+            return value if inside and (infinite or value < math.inf) else None
 
-    parse.metavar = "X"
-    return parse
+    return flag_type("X", f"{allowed}, or inf" if infinite else allowed, convert)
 
 
 def choice(*values):
     """Return a flag type that accepts only the given words."""
+    return flag_type("|".join(values), f"one of {', '.join(values)}", lambda text: text if text in values else None)
 
-    def parse(text):
-        return text if text in values else Rejected(f"{text}: must be one of {', '.join(values)}")
-
-    parse.metavar = "|".join(values)
-    return parse
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The flags
-# ------------------------------------------------------------------------------------------------------------
 
 # By group: name (and alias), default, type, help. The type bool is a switch; "*" is any number of words.
 # fmt: off
@@ -123,20 +106,17 @@ FLAGS = {
          "Base model: a Hub id (owner/name), or a local folder with a diffusers pipeline."),
         ("revision", None, str, "Branch, tag or commit of the base model on the Hub."),
         ("variant", None, str, "Variant of the weight files to load, for example fp16."),
-        ("non_ema_revision", None, str,
-         "Revision of the UNet to start training from, where it differs from --revision (which then starts the EMA). "
-         "Default: the same as --revision."),
+        ("non_ema_revision", None, str, "Revision of the UNet to start training from, where it differs from --revision "
+         "(which then starts the EMA). Default: the same as --revision."),
         ("cache_dir", None, str,
          "Folder for models and data sets downloaded from the Hub, and for what --cache_latents keeps."),
     ],
     "data": [
-        ("dataset_name", "lambdalabs/naruto-blip-captions", str,
-         "Training data: a Hub id, or a local folder that the datasets library can read (parquet, pictures with a "
-         "metadata.jsonl, or save_to_disk)."),
+        ("dataset_name", "lambdalabs/naruto-blip-captions", str, "Training data: a Hub id, or a local folder that the "
+         "datasets library can read (parquet, pictures with a metadata.jsonl, or save_to_disk)."),
         ("dataset_config_name", None, str, "Configuration of the data set, where it has several."),
-        ("train_data_dir", None, str,
-         "Folder of pictures with a metadata.jsonl. Given alone, it replaces --dataset_name; given with it, it is the "
-         "subfolder of that data set to use."),
+        ("train_data_dir", None, str, "Folder of pictures with a metadata.jsonl. Given alone, it replaces "
+         "--dataset_name; given with it, it is the subfolder of that data set to use."),
         ("image_column", "image", str, "Column that holds the pictures."),
         ("caption_column", "text", str, "Column that holds a caption, or a list of captions."),
         ("max_train_samples", None, integer(1), "Train on a random subset of this many rows. Default: all rows."),
@@ -193,14 +173,12 @@ FLAGS = {
         ("cache_latents", "auto", choice("auto", "on", "off"),
          "Encode every picture and caption once, and keep the result in --cache_dir, or else in the output folder. "
          "auto: if the crop is fixed (--center_crop), each view is used more than once, and the disk has room."),
-        ("micro_batch_size", None, integer(1, word="auto"),
-         "Samples that go through the network at once, whatever --train_batch_size and --gradient_accumulation_steps "
-         "make of a step: the training is the same. auto: as many as fit into memory, in a run of one process. "
-         "Default: --train_batch_size."),
+        ("micro_batch_size", None, integer(1, word="auto"), "Samples that go through the network at once, whatever "
+         "--train_batch_size and --gradient_accumulation_steps make of a step: the training is the same. auto: as many "
+         "as fit into memory, in a run of one process. Default: --train_batch_size."),
         ("torch_compile", False, bool, "Compile the UNet: faster steps after minutes of compilation."),
-        ("low_memory", False, bool,
-         "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in the host's memory, "
-         "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao)."),
+        ("low_memory", False, bool, "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in "
+         "the host's memory, --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao)."),
         ("mixed_precision", None, choice("no", "fp16", "bf16"),
          "Precision of the forward and backward passes. Default: that of `accelerate config`, or no."),
         ("allow_tf32", False, bool, "Let float32 matrix products use TF32."),
@@ -219,15 +197,13 @@ FLAGS = {
         ("dry_run", False, bool, "Run every check, print the plan of the run, and stop."),
     ],
     "validation": [
-        ("validation_prompts",
-         ["Bill Gates with a hoodie", "John Oliver with Naruto style", "Lebron James with a hat",
-          "Mickael Jackson as a ninja"], "*",
+        ("validation_prompts", ["Bill Gates with a hoodie", "John Oliver with Naruto style", "Lebron James with a hat",
+                                "Mickael Jackson as a ninja"], "*",
          "Prompts to draw during training. The flag without any prompt turns validation off."),
         ("validation_guidance_scale", 7.5, real(0),
          "Strength of classifier-free guidance in these pictures; up to 1 turns it off."),
-        ("validation_samples", 0, integer(0),
-         "Rows to keep out of training, on which every validation measures the loss: always the same rows, noise and "
-         "timesteps. A resumed run must keep out as many."),
+        ("validation_samples", 0, integer(0), "Rows to keep out of training, on which every validation measures the "
+         "loss: always the same rows, noise and timesteps. A resumed run must keep out as many."),
         ("validation_epochs", 5, integer(1),
          "Epochs between two validations. The first comes after the first epoch, the last at the end."),
     ],
@@ -241,16 +217,10 @@ FLAGS = {
 # fmt: on
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
-    """Parse and check the trainer's command line (a list of strings; by default, that of the process).
+    """Return the trainer's flags, checked; `resume_from_checkpoint` becomes the folder found, or None.
 
-    Returns the flags as a namespace, in which `resume_from_checkpoint` is the folder found, or None. Exits with code 2,
-    after naming every problem found, if any flag or combination of flags is wrong.
+    Exits with code 2, after naming every problem found, if any flag or combination of flags is wrong.
     """
     parser = Parser("Fine-tune all weights of Stable Diffusion's UNet on pictures with captions.", FLAGS)
     args, given, problems = parser.parse_all(argv)
@@ -274,17 +244,13 @@ def announce_imports():
 
 
 def stop_if(problems):
-    """If there are any problems, print each on a line of standard error, and exit with code 2.
-
-    The processes of one machine find the same problems, so that only the first of them prints. What is wrong with
-    LOCAL_RANK itself is printed by each.
-    """
-    if not problems:
-        return
+    """If there are any problems, print each on a line of standard error, and exit with code 2."""
     for problem in problems:
+        # The processes of one machine find the same problems, except in LOCAL_RANK itself: only the first prints them.
         if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_RANK" in problem:
             print(f"error: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+    if problems:
+        raise SystemExit(2)
 
 
 def stop(problem):
@@ -303,10 +269,7 @@ def exit_on(*errors):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that finds all problems before it reports any, and abbreviates nothing.
-
-    `groups` are its flags, in a dictionary like `FLAGS`.
-    """
+    """Finds all problems before it reports any, and abbreviates nothing. `groups` is a dictionary like `FLAGS`."""
 
     def __init__(self, description, groups):
         options = {"usage": "%(prog)s [--flag value ...]", "allow_abbrev": False, "formatter_class": HelpFormatter}
@@ -314,12 +277,10 @@ class Parser(argparse.ArgumentParser):
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for names, default, kind, text in flags:
-                options = {"default": default, "type": kind, "help": text}
-                if kind is bool:
-                    options = {"action": "store_true", "help": text}
-                elif kind in ("*", "+"):
+                options = {"action": "store_true"} if kind is bool else {"default": default, "type": kind}
+                if kind in ("*", "+"):
                     options |= {"type": str, "nargs": kind, "metavar": "PROMPT"}
-                group.add_argument(*(f"--{name}" for name in names.split()), **options)
+                group.add_argument(*(f"--{name}" for name in names.split()), help=text, **options)
 
     def error(self, message):
         stop_if([f"{message} (--help lists all flags)"])
@@ -331,22 +292,21 @@ class Parser(argparse.ArgumentParser):
         # argparse fills in a default only where the namespace has nothing yet: what stays absent was not given.
         args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
         given = {name for name, value in vars(args).items() if value is not absent}
-        for name in defaults.keys() - given:
-            setattr(args, name, defaults[name])
+        vars(args).update({name: default for name, default in defaults.items() if name not in given})
         problems = [f"--{name} {value}" for name, value in vars(args).items() if isinstance(value, Rejected)]
         return args, given, [*self.unknown_flags(unknown), *problems]
 
     def unknown_flags(self, unknown):
         """Yield a problem for each argument that is no flag, with the flag that resembles it most."""
-        for index, argument in enumerate(unknown):
-            if not argument.startswith("-"):
-                if index == 0 or "=" in unknown[index - 1] or not unknown[index - 1].startswith("-"):
-                    yield f"{argument}: belongs to no flag"
-                continue
-            name = argument.split("=")[0]
-            spelled = name.replace("-", "_").replace("__", "--", 1)
-            close = difflib.get_close_matches(spelled, self._option_string_actions, 1)
-            yield f"{name}: no such flag" + (f"; did you mean {close[0]}?" if close else " (--help lists all flags)")
+        for previous, argument in itertools.pairwise(["", *unknown]):
+            if argument.startswith("-"):
+                name = argument.split("=")[0]
+                spelled = name.replace("-", "_").replace("__", "--", 1)
+                close = difflib.get_close_matches(spelled, self._option_string_actions, 1)
+                remedy = f"; did you mean {close[0]}?" if close else " (--help lists all flags)"
+                yield f"{name}: no such flag{remedy}"
+            elif "=" in previous or not previous.startswith("-"):
+                yield f"{argument}: belongs to no flag"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -366,10 +326,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def resolve(args, given, problems, notices):
     """Complete `args` in place from the environment and the file system, adding to `problems` and `notices`."""
-    for condition, package in PACKAGES.items():
-        flag, value = condition.split()
-        if str(getattr(args, flag)) == value and importlib.util.find_spec(package) is None:
-            problems.append(f"--{condition.removesuffix(' True')}: {package} is not installed: pip install {package}")
+    packages = {"report_to": args.report_to, "use_8bit_adam": "torchao", "low_memory": "torchao"}
+    packages["enable_xformers_memory_efficient_attention"] = "xformers"
+    for flag, package in packages.items():
+        value = getattr(args, flag)
+        if value not in (False, "none") and importlib.util.find_spec(package) is None:
+            given_as = flag if value is True else f"{flag} {value}"
+            problems.append(f"--{given_as}: {package} is not installed: pip install {package}")
     compiled = [name for name in ("torch_compile", "use_8bit_adam", "low_memory") if getattr(args, name)]
     if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         problems.append(f"--{compiled[0]}: needs a C++ compiler, such as g++; name another in the variable CXX")
@@ -395,13 +358,9 @@ def ignored_flags(args, given):
         yield f"--lr_warmup_steps {args.lr_warmup_steps}: unused, `constant` has no warm-up (constant_with_warmup has)"
     if {"max_train_steps", "num_train_epochs"} <= given:
         yield f"--max_train_steps {args.max_train_steps} overrides --num_train_epochs {args.num_train_epochs}"
-    needs = {
-        "dream_detail_preservation": args.dream_training,
-        "validation_epochs": args.validation_prompts or args.validation_samples,
-        "validation_guidance_scale": args.validation_prompts,
-        "tracker_project_name": args.report_to != "none",
-        "logging_dir": args.report_to != "none",
-    }
+    drawn, tracked = args.validation_prompts, args.report_to != "none"
+    needs = {"dream_detail_preservation": args.dream_training, "validation_epochs": drawn or args.validation_samples}
+    needs |= {"validation_guidance_scale": drawn, "tracker_project_name": tracked, "logging_dir": tracked}
     for flag in (flag for flag, used in needs.items() if flag in given and not used):
         yield f"--{flag} changes nothing in this run: what it adjusts is off"
 
@@ -431,8 +390,7 @@ def resolve_rank(args, problems):
     if not re.fullmatch(r"-1|\d+", value):
         problems.append(f"LOCAL_RANK {value!r}: a launcher sets it to a whole number; unset it")
     elif args.local_rank not in (-1, max(int(value), 0)):
-        found = value if int(value) >= 0 else "not set"
-        problems.append(f"--local_rank {args.local_rank}: LOCAL_RANK is {found}; leave it out")
+        problems.append(f"--local_rank {args.local_rank}: LOCAL_RANK is {value.replace('-1', 'not set')}; leave it out")
     else:
         args.local_rank = int(value)
 
@@ -464,9 +422,8 @@ def pipeline_problems(flag, name):
     except (OSError, ValueError, AttributeError) as error:
         return [f"{flag} {name}: its {INDEX} cannot be read: {error}"]
     # A part is written as [library, class], or as [null, null] where there is none.
-    listed = {part for part, kind in parts if isinstance(kind, list) and any(kind)}
-    missing = [part for part in sorted(listed | {*PARTS[:5]}) if not (folder / part).is_dir()]
-    return [f"{flag} {name}: has no folder {part}" for part in missing]
+    expected = {*PARTS[:5]} | {part for part, kind in parts if isinstance(kind, list) and any(kind)}
+    return [f"{flag} {name}: has no folder {part}" for part in sorted(expected) if not (folder / part).is_dir()]
 
 
 def resolve_data(args, given, problems):
@@ -490,7 +447,7 @@ def resolve_output(args, problems, notices):
     """Find the checkpoint to resume from, and refuse to write where no run may write."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     try:
-        exists = output.exists()
+        output.exists()
     except OSError as error:  # a name that is too long
         problems.append(f"--output_dir {args.output_dir}: {error.strerror}")
         return
@@ -503,56 +460,41 @@ def resolve_output(args, problems, notices):
     elif not os.access(disk_of(output), os.W_OK | os.X_OK):
         problems.append(f"--output_dir {args.output_dir}: no permission to write in {disk_of(output)}")
     for name in (SAMPLES, args.logging_dir):
-        if exists and (output / name).is_file():
+        if os.path.isfile(output / name):
             problems.append(f"--output_dir {output}: {name} in it is a file, and must be a folder")
     inside = Path(args.logging_dir).parts
     if not inside or inside[0] == "/" or ".." in inside or is_ours(inside[0]):
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
     if args.output_dir:
-        inputs = {
-            "--pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-            "--dataset_name": args.dataset_name,
-            "--train_data_dir": args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir),
-            "the folder of the scripts": os.path.dirname(__file__),
-        }
+        inputs = {f"--{flag}": getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name")}
+        inputs["--train_data_dir"] = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
+        inputs["the folder of the scripts"] = os.path.dirname(__file__)
         taken = [name for name, folder in inputs.items() if folder and output.resolve() == Path(folder).resolve()]
         problems.extend(f"--output_dir {output}: is {name} itself; choose another folder" for name in taken)
         problems.extend([] if taken else conflicts(args, wanted))
 
 
 def conflicts(args, wanted):
-    """Yield what a run would write over: another run, later checkpoints of its own, or what no run has written.
-
-    `args` hold the checkpoint found, and `wanted` is --resume_from_checkpoint as it was given, or None.
-    """
+    """Yield what a run would write over: another run, later checkpoints of its own, or what no run has written."""
     output, checkpoint, known = Path(args.output_dir), args.resume_from_checkpoint, checkpoints(args.output_dir)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
     if not known and not (output / INDEX).exists():
-        foreign = ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists())
-        if foreign:
+        if foreign := ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists()):
             yield f"--output_dir {output}: holds {foreign}, of no run; choose another folder"
     elif (wanted is None or elsewhere) and not args.overwrite_output_dir:
-        yield (
-            f"--output_dir {output}: already holds a run; add --resume_from_checkpoint latest to go on with it, "
-            "--overwrite_output_dir to delete it, or choose another folder"
-        )
+        remedy = "add --resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete it"
+        yield f"--output_dir {output}: already holds a run; {remedy}, or choose another folder"
     elif checkpoint is not None and not elsewhere and wanted != "latest" and checkpoint.name != known[-1].name:
-        yield (
-            f"--resume_from_checkpoint {checkpoint}: {output} holds later ones, up to {known[-1].name}; "
-            "resume from latest, delete them, or choose another --output_dir"
-        )
+        later = f"{output} holds later ones, up to {known[-1].name}; resume from latest, delete them"
+        yield f"--resume_from_checkpoint {checkpoint}: {later}, or choose another --output_dir"
 
 
 def is_local(name):
-    """Say whether a model or data set name means a path: anything but owner/name with no folder called owner.
-
-    The tutorial's own two ids are never paths, although the tutorial has people unpack the model into a folder that is
-    called as its owner is.
-    """
+    """Say whether a model or data set name means a path: anything but owner/name with no folder called owner."""
     name = str(name)
-    if os.path.exists(name) or HUB_ID.fullmatch(name) is None:
-        return True
-    return os.path.isdir(os.path.dirname(name)) and name not in (MODEL, DATA)
+    # The two default ids are never paths: the tutorial has people unpack the model into a folder named like its owner.
+    inside = os.path.isdir(os.path.dirname(name)) and name not in (MODEL, DATA)
+    return os.path.exists(name) or HUB_ID.fullmatch(name) is None or inside
 
 
 def is_saved_dataset(folder):
@@ -567,10 +509,7 @@ def is_saved_dataset(folder):
 
 @dataclasses.dataclass
 class TrainerState:
-    """What a checkpoint keeps besides weights, average and moments.
-
-    A field that is added later needs a default, so that older checkpoints can still be resumed.
-    """
+    """What a checkpoint keeps besides weights, average and moments. Old files lack new fields, which need a default."""
 
     step: int  # steps done
     seed: int
@@ -619,7 +558,7 @@ def step_of(checkpoint):
 
 def find_checkpoint(wanted, output, problems, notices):
     """Return the folder that --resume_from_checkpoint means, or None where there is none."""
-    flag, known = f"--resume_from_checkpoint {wanted}", checkpoints(output)
+    flag, known, damaged = f"--resume_from_checkpoint {wanted}", checkpoints(output), []
     if wanted != "latest":
         folder = next((path for path in (output / wanted, Path(wanted)) if path.is_dir()), None)
         if folder is None:
@@ -628,16 +567,13 @@ def find_checkpoint(wanted, output, problems, notices):
         elif damage := find_damage(folder):
             problems.append(f"{flag}: not a whole checkpoint: {damage}")
         return folder
-    damaged = []
     for folder in reversed(known):
-        damage = find_damage(folder)
-        if damage is None:
+        if not (damage := find_damage(folder)):
             notices.extend(damaged)
             return folder
         damaged.append(f"{folder}: skipped, not a whole checkpoint: {damage}")
     if damaged:
-        problems.extend(damaged)
-        problems.append(f"{flag}: none is whole; --overwrite_output_dir instead starts over")
+        problems.extend([*damaged, f"{flag}: none is whole; --overwrite_output_dir instead starts over"])
     elif (output / INDEX).exists():
         problems.append(f"{flag}: no checkpoint in {output}, only an exported pipeline")
     else:
@@ -646,17 +582,14 @@ def find_checkpoint(wanted, output, problems, notices):
 
 
 def find_damage(folder, prefix=""):
-    """Return in words why a folder is not a checkpoint as it was saved, or None if it is.
-
-    Only the files whose names start with `prefix` are looked at, and the trainer's state.
-    """
+    """Return why a folder is not a checkpoint as it was saved, or None if it is."""
     name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        # Only the files whose names start with `prefix` are looked at, and the trainer's state.
         manifest = {name: entry for name, entry in manifest.items() if name.startswith((prefix, STATE))}
         for name, (size, _) in manifest.items():  # all sizes first, because checksums take seconds
-            found = (folder / name).stat().st_size
-            if found != size:
+            if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes instead of {size}"
         changed = [name for name, (_, value) in manifest.items() if checksum(folder / name) != value]
     except FileNotFoundError:
@@ -709,10 +642,7 @@ class WriteError(ReportedError):
 
 @contextlib.contextmanager
 def written_whole(hidden, what, size):
-    """Yield the new, empty folder `hidden` to write into; if that fails, delete it and raise a `WriteError`.
-
-    The message names `what` is written, and its `size` in bytes beside those that are free.
-    """
+    """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
         hidden.mkdir(parents=True)
@@ -745,37 +675,31 @@ def discard(folder):
 
 
 def prune_checkpoints(output, limit, step, resumed_step):
-    """Delete checkpoints until at most `limit` are left that are whole and not later than `step`.
-
-    A checkpoint between `resumed_step`, which this run started from or saved last, and `step` is damaged: otherwise
-    the run would have been resumed from there. A folder that cannot be deleted is a warning only.
-    """
+    """Delete checkpoints until at most `limit` are left that are whole and not later than `step`."""
     past = [path for path in checkpoints(output) if step_of(path) <= step]
+    # This run would have resumed from any whole checkpoint after `resumed_step`, which it started from or saved last.
     damaged = [path for path in past if resumed_step < step_of(path) < step]
     whole = [path for path in past if path not in damaged]
     try:
         for old in (*damaged, *whole[:-limit]):
             discard(old)
-    except OSError as error:
+    except OSError as error:  # it costs room, but not the run
         print(f"warning: an old checkpoint cannot be deleted: {error}")
 
 
 def lock(folder, wait=False):
-    """Hold a folder until the file returned is closed, or this process ends. If another holds it, wait or exit.
-
-    The system drops the lock as soon as this process closes any file of that name, so that nothing else may open it.
-    Windows, and file systems without locks, are trusted.
-    """
+    """Hold a folder until the file returned is closed, or this process ends. If another holds it, wait or exit."""
     try:
         file = open(folder / LOCK, "w")  # noqa: SIM115 (to stay open)
     except OSError as error:
         return stop(f"{'--cache_dir' if wait else '--output_dir'} {folder}: cannot be written to: {error}")
     try:
+        # Nothing else may open the file: the lock ends when this process closes any handle of it. Windows is trusted.
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         stop(f"--output_dir {folder}: another process is training into it")
-    except OSError:  # a file system without locks
+    except OSError:  # a file system without locks, which is trusted too
         pass
     return file
 
@@ -812,8 +736,8 @@ def leftovers(args):
 class Plan:
     """The arithmetic of a run. A step is an optimizer step; steps are counted from 1 once they are done.
 
-    It follows from the flags and five counts: rows trained on, processes that share each step, weights of the UNet
-    (`parameters`), distinct captions (`texts`), and numbers in the encoding of one token (`width`).
+    `rows` of the data set are trained on by `processes` that share each step. `parameters` counts the UNet's weights,
+    `texts` the distinct captions, and `width` the numbers in what the text encoder makes of one token.
     """
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
@@ -824,7 +748,6 @@ class Plan:
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
         self.validates = bool(args.validation_prompts or args.validation_samples)
-
         # Bytes: of what is trained, of a checkpoint, of the export.
         each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
@@ -838,6 +761,8 @@ class Plan:
         self.views = 2 if args.random_flip else 1  # pictures made of each row: itself, and its mirror image
         latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
         self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
+        there = sum(map(size_on_disk, Path(args.cache_dir or args.output_dir).glob("encoded-*")))  # of earlier runs
+        self.encoded_missing = self.encoded_bytes - there
         self.encoded, self.encoded_why = self.choose_encoded()
 
     def choose_encoded(self):
@@ -850,8 +775,8 @@ class Plan:
                 return None, "random crops"
             if self.max_steps * self.effective_batch <= self.rows * self.views:
                 return None, "each is used only once"
-            room = shutil.disk_usage(disk_of(folder)).free - 2 * self.checkpoint_bytes - self.export_bytes
-            if room + encoded_size(folder) < self.encoded_bytes:
+            least = self.export_bytes + self.encoded_missing + 2 * self.checkpoint_bytes
+            if shutil.disk_usage(disk_of(folder)).free < least:
                 return None, f"{gigabytes(self.encoded_bytes)} would not fit in {folder}"
         return folder, "once"
 
@@ -866,10 +791,9 @@ class Plan:
 
     def validates_after(self, step):
         """Say whether a validation is due after `step`: after epochs 1, 1 + V, 1 + 2V, …, and at the end."""
-        if not self.validates or step == 0:
-            return False
         epoch, remainder = divmod(step, self.steps_per_epoch)
-        return step == self.max_steps or (remainder == 0 and (epoch - 1) % self.args.validation_epochs == 0)
+        regular = remainder == 0 and (epoch - 1) % self.args.validation_epochs == 0
+        return self.validates and step > 0 and (regular or step == self.max_steps)
 
     def positions(self, step, rank=0):
         """Return the positions of the sample stream that process `rank` consumes in step `step`, counted from 0."""
@@ -915,17 +839,10 @@ def size_on_disk(path):
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def encoded_size(folder):
-    """Return the bytes of the encoded pictures and captions that runs have left in a folder."""
-    return sum(map(size_on_disk, Path(folder).glob("encoded-*")))
-
-
 def compare_runs(saved, plan, now, data):
-    """Compare the run that a checkpoint belongs to with the one that is to go on from it.
+    """Compare a checkpoint's run (`saved`, a `TrainerState`) with the one that goes on: its plan, arguments and data.
 
-    `saved` is the checkpoint's `TrainerState`. Of the run that goes on, `plan` is the plan, `now` a dictionary of its
-    arguments with the seed and the precision that were settled on, and `data` the fingerprint of its data set.
-
+    `now` are the arguments with the seed and precision that were settled on; `data` is the data set's fingerprint.
     Returns two lists of strings: problems, where the stream of samples could not go on or the checkpoint lacks what is
     needed, and warnings, where the rest of the training will differ from its beginning.
     """
@@ -940,35 +857,29 @@ def compare_runs(saved, plan, now, data):
     }
     if now["use_ema"]:  # a run may go on without an average, but cannot start one in the middle
         identity["--use_ema"] = (True, before.get("use_ema"))
-    problems = [
-        f"{name}: {here} here, but {there} in the run that --resume_from_checkpoint goes on with"
-        for name, (here, there) in identity.items()
-        if here != there
-    ]
+    past = "in the run that --resume_from_checkpoint goes on with"
+    problems = [f"{name}: {here} here, but {then} {past}" for name, (here, then) in identity.items() if here != then]
     if saved.step > plan.max_steps:
         problems.append(f"--max_train_steps {plan.max_steps}: the checkpoint is already at step {saved.step}")
-
     changes = {f"--{name}": (now[name], before.get(name)) for name in TRAINING}
-    schedule = now["lr_scheduler"]
-    if schedule not in ("constant", "constant_with_warmup"):
-        changes[f"steps that --lr_scheduler {schedule} stretches over"] = (plan.max_steps, saved.max_steps)
-    return problems, [
-        f"{name}: {then} so far, {here} from here" for name, (here, then) in changes.items() if here != then
-    ]
+    if now["lr_scheduler"] not in ("constant", "constant_with_warmup"):
+        changes[f"steps that --lr_scheduler {now['lr_scheduler']} stretches over"] = (plan.max_steps, saved.max_steps)
+    warnings = [f"{name}: {then} so far, {here} from here" for name, (here, then) in changes.items() if here != then]
+    return problems, warnings
 
 
 def compare_disk(plan, step):
-    """Compare what a run that stands at `step` will write with the room on the disk.
+    """Return problems and warnings, two lists, about what a run that stands at `step` will write, and the disk's room.
 
-    Returns two lists of strings: problems, if the encodings, the export and two checkpoints, less what is there
-    already, do not fit; and warnings, if not everything fits, or all of it takes more than 100 GB.
+    The encodings, the export and two checkpoints, less what is there already, must fit. A warning says that not
+    everything fits, or that all of it takes more than 100 GB.
     """
     args, output = plan.args, Path(plan.args.output_dir).resolve()
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))
     free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, leftovers(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
     most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # a new one is whole before an old one goes
-    base = plan.export_bytes + (max(0, plan.encoded_bytes - encoded_size(plan.encoded)) if plan.encoded else 0)
+    base = plan.export_bytes + (max(0, plan.encoded_missing) if plan.encoded else 0)
     least, total = (base + count * plan.checkpoint_bytes for count in (min(saves, 1 if kept else 2), most))
     sizes = f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)}, an export of {gigabytes(plan.export_bytes)}"
     if free < least:
