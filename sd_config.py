@@ -43,9 +43,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checke
 OUTPUT = (*PARTS, INDEX, "README.md", SAMPLES)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line: the types of flags, the flags, and their parser
-# ------------------------------------------------------------------------------------------------------------
+# -- The command line: the types of flags, the flags, and their parser ---------------------------------------
 
 
 class Rejected(str):
@@ -319,9 +317,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return getattr(action.type, "metavar", "TEXT")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checks that need more than one flag, or the file system
-# ------------------------------------------------------------------------------------------------------------
+# -- Checks that need more than one flag, or the file system -------------------------------------------------
 
 
 def resolve(args, given, problems, notices):
@@ -502,9 +498,7 @@ def is_saved_dataset(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints on disk: found, verified, written whole, deleted
-# ------------------------------------------------------------------------------------------------------------
+# -- Checkpoints on disk: found, verified, written whole, deleted --------------------------------------------
 
 
 @dataclasses.dataclass
@@ -728,9 +722,7 @@ def leftovers(args):
     return [*output.glob(".*checkpoint-*"), *output.glob(".export"), *ours]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The plan of a run
-# ------------------------------------------------------------------------------------------------------------
+# -- The plan of a run ---------------------------------------------------------------------------------------
 
 
 class Plan:

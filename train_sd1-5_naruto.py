@@ -134,10 +134,9 @@ def check_plan(plan, saved, seed, rows, accelerator):
         accelerator.print(f"warning: {warning}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss, one function a formula. ε: noise, x_0: latents, ᾱ: alpha_bar, all float32, shape (batch, 4, h, w)
-# or broadcasting to it.
-# ------------------------------------------------------------------------------------------------------------
+# -- The loss, one function a formula ------------------------------------------------------------------------
+
+# ε: noise, x_0: latents, ᾱ: alpha_bar, all float32, of shape (batch, 4, h, w) or broadcasting to it.
 
 
 def diffusion_loss(
@@ -236,9 +235,7 @@ def dream(noisy_latents, target, noise, estimate, alpha_bar, detail_preservation
     return noisy_latents + sigma * delta, target + delta
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The sample stream: position -> everything that a training sample needs
-# ------------------------------------------------------------------------------------------------------------
+# -- The sample stream: position -> everything that a training sample needs ----------------------------------
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -315,9 +312,7 @@ def permutation(seed, epoch, length):
     return torch.randperm(length, generator=keyed_generator(seed, "permutation", epoch)).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------------------
+# -- The loop ------------------------------------------------------------------------------------------------
 
 
 def train(run):
@@ -530,9 +525,7 @@ def average_on_host(averages, weights, weight, arrived):
         average.lerp_(copied.float(), weight)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a run tells: progress and tracker
-# ------------------------------------------------------------------------------------------------------------
+# -- What a run tells: progress and tracker ------------------------------------------------------------------
 
 
 class Progress:
@@ -661,9 +654,7 @@ class Tracker:
                 self.attempt(tracker.finish)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What may stop a run: signals and errors
-# ------------------------------------------------------------------------------------------------------------
+# -- What may stop a run: signals and errors -----------------------------------------------------------------
 
 
 class Signals:
@@ -773,9 +764,7 @@ def explain(error, accelerator):
         print(f"\nerror: {message.strip()}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run: models, optimizer, and where it stands
-# ------------------------------------------------------------------------------------------------------------
+# -- The run: models, optimizer, and where it stands ---------------------------------------------------------
 
 
 def create_accelerator(args):
@@ -1014,9 +1003,7 @@ def clear_output(run):
     run.accelerator.wait_for_everyone()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The data set: rows, captions, pictures
-# ------------------------------------------------------------------------------------------------------------
+# -- The data set: rows, captions, pictures ------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -1239,9 +1226,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures and captions that are encoded only once
-# ------------------------------------------------------------------------------------------------------------
+# -- Pictures and captions that are encoded only once --------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -1300,9 +1285,7 @@ def digest(model):
     return value.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Validation: the loss on rows kept out of training, and pictures of the prompts
-# ------------------------------------------------------------------------------------------------------------
+# -- Validation: the loss on rows kept out of training, and pictures of the prompts --------------------------
 
 
 def encode_held_out(stream, frozen):
@@ -1407,9 +1390,7 @@ def draw_prompts(run, folder, signals):
             yield infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a run leaves behind: checkpoints, and the exported pipeline
-# ------------------------------------------------------------------------------------------------------------
+# -- What a run leaves behind: checkpoints, and the exported pipeline ----------------------------------------
 
 
 class Checkpoints:
