@@ -672,8 +672,9 @@ class Signals:
         self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *exception):
-        if not self.number:  # after one, a second still ends the process at once, whatever it does
+    def __exit__(self, error, *_details):
+        # What is saved after an error, or a first signal, takes a signal as well: only a second one ends it.
+        if not (error or self.number):
             for number, handler in self.handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 

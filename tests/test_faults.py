@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import accelerate
 import pytest
@@ -347,6 +349,33 @@ def test_a_signal_in_a_validation_that_is_made_up_for(whole, stopped, monkeypatc
 
 
 # -- exceptions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_after_an_error_leaves_the_save_alone(stopped, finish, monkeypatch, tmp_path):
+    """A launcher sends one to all processes when one has failed, and the others end with an error of their own."""
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise RuntimeError("planted")
+
+    def signal_later(folder):
+        if folder.name == ".checkpoint-2":
+            failed.wait(60)
+            time.sleep(0.5)  # for the error to leave the loop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    try:
+        plant(monkeypatch, 3, fail)
+        faults.plant(monkeypatch.setattr, while_saving=signal_later)
+        assert stopped()[0] == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended
+    assert steps(tmp_path / "run") == [2]
+    finish(after=2)
 
 
 def in_forward(error):
