@@ -1,7 +1,8 @@
 """Turn prompts into PNGs with a trained pipeline: `python infer.py --prompt "Lebron James with a hat"`.
 
 Each picture starts from noise drawn on the CPU by its own seed, so it does not depend on how many are asked
-for, nor (up to rounding) on the device. Its PNG carries the prompt and all settings as text.
+for, nor (up to rounding) on the device. Its PNG carries the prompt and all settings as text. The trainer draws
+its validation pictures with the functions below, and loads its models with them.
 """
 
 import itertools
@@ -51,7 +52,7 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """Parse and check the command line; every problem is named, and any ends the process with exit code 2.
+    """Parse and check the command line; a problem ends the process with exit code 2.
 
     Returns:
         argparse.Namespace: one attribute per flag; `outputs` lists the files to write, prompt by prompt.
@@ -73,13 +74,13 @@ def resolve(args, given, problems):
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
         args.prediction_type = saved.prediction_type
         args.origin["checkpoint"] = args.checkpoint
-        if "model_path" not in given:  # otherwise the base has moved since
+        if "model_path" not in given:  # which names the base where it has moved since
             args.model_path, args.origin["model_path"] = saved.base_model, None
             args.base = {name: saved.args[name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
         problems.extend(sd_config.pipeline_problems("--model_path", args.model_path))
-        latest = reversed(sd_config.checkpoints(args.model_path) if problems else [])
-        if whole := next((path for path in latest if not sd_config.find_damage(path)), None):
+        newest_first = reversed(sd_config.checkpoints(args.model_path) if problems else [])
+        if whole := next((path for path in newest_first if not sd_config.find_damage(path)), None):
             problems.append(f"--model_path {args.model_path}: holds an unfinished run; try --checkpoint {whole}")
 
     if args.negative_prompt is not None and args.guidance_scale <= 1:
@@ -188,10 +189,10 @@ def load(loader, flag, model, **kwargs):
 
 
 def restore_precision(pipeline, flag, variant=None):
-    """Return the parts of a pipeline that are not trained to the precision of the files that they came from.
+    """Cast the parts of a pipeline that are not trained back to the precision of their files.
 
-    diffusers loads half-precision files as float32. Exits with code 2, naming `flag`, if a file lacks tensors: without
-    a word, transformers would have made them up.
+    diffusers loads half-precision files as float32. Exits with code 2, naming `flag`, if a file lacks tensors, which
+    transformers would otherwise fill with random numbers without a word.
     """
     for name in ("unet", "vae", "text_encoder", "safety_checker"):
         part = getattr(pipeline, name)
@@ -227,8 +228,8 @@ def set_prediction_type(pipeline, prediction_type):
 def draw(pipeline, path, settings, text):
     """Draw a picture and write it as a PNG, whose text chunks hold its settings and more. Return it, a PIL image.
 
-    `settings` are those of `sample`, by their names; `text` is what the PNG says besides. In the text, values that are
-    None are left out. The folder of `path` must exist.
+    `settings` are those of `sample`, by their names, and `text` is what the PNG says besides them. Neither writes a
+    value that is None. The folder of `path` must exist.
     """
     image, chunks = sample(pipeline, **settings), PngInfo()
     for name, value in (settings | text).items():
@@ -239,7 +240,7 @@ def draw(pipeline, path, settings, text):
 
 
 def sample(pipeline, prompt, seed, **settings):
-    """Return a picture, drawn by its own generator, on the CPU so that every device starts from the same noise.
+    """Return a picture. Its noise comes from a generator of its own on the CPU, so it is the same on every device.
 
     Args:
         pipeline (StableDiffusionPipeline): the model, on its device.
@@ -258,7 +259,7 @@ def command(settings):
 
 
 def captioned_grid(rows, captions, width=256):
-    """Return rows of pictures as one, with a caption under each column. (The font that PIL brings is a Latin one.)
+    """Return rows of pictures as one, with a caption under each column. PIL's font draws letters not Latin as boxes.
 
     Args:
         rows (list[list[PIL.Image.Image]]): pictures of one size; smaller ones than `width` are enlarged without blur.

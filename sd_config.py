@@ -51,7 +51,7 @@ class Rejected(str):
 
 
 def flag_type(metavar, allowed, convert):
-    """Return a flag type: `convert` returns the value of a text, or None for a text that is not `allowed`."""
+    """Return a flag type. `convert` maps a text to its value, or to None if it is not what `allowed` says."""
 
     def parse(text):
         value = convert(text)
@@ -62,7 +62,7 @@ def flag_type(metavar, allowed, convert):
 
 
 def integer(low, high=None, *, multiple_of=1, word=None):
-    """Return a flag type for whole numbers: `low`, then every `multiple_of`-th up to `high`; or one `word`."""
+    """Return a flag type for whole numbers from `low` to `high`, in steps of `multiple_of`, or one `word` instead."""
     allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     if multiple_of > 1:
         allowed = f"a multiple of {multiple_of}, at least {low}"
@@ -104,8 +104,8 @@ FLAGS = {
          "Base model: a Hub id (owner/name), or a local folder with a diffusers pipeline."),
         ("revision", None, str, "Branch, tag or commit of the base model on the Hub."),
         ("variant", None, str, "Variant of the weight files to load, for example fp16."),
-        ("non_ema_revision", None, str, "Revision of the UNet to start training from, where it differs from --revision "
-         "(which then starts the EMA). Default: the same as --revision."),
+        ("non_ema_revision", None, str,
+         "Revision of the UNet to start training from. Default: the same as --revision."),
         ("cache_dir", None, str,
          "Folder for models and data sets downloaded from the Hub, and for what --cache_latents keeps."),
     ],
@@ -133,9 +133,9 @@ FLAGS = {
     ],
     "optimisation": [
         ("seed", None, integer(0, 2**32 - 1), "Seed of every random draw. Default: one is drawn, and printed."),
-        ("train_batch_size", 16, integer(1), "Samples in one micro-batch, per device."),
-        ("gradient_accumulation_steps", 1, integer(1),
-         "Micro-batches whose gradients are averaged into one optimizer step."),
+        ("train_batch_size", 16, integer(1),
+         "Samples that one device takes at once. Times --gradient_accumulation_steps, those of its optimizer step."),
+        ("gradient_accumulation_steps", 1, integer(1), "How many such batches make one optimizer step."),
         ("num_train_epochs", 100, integer(1), "Passes over the data."),
         ("max_train_steps", None, integer(1), "Optimizer steps of the whole run. Overrides --num_train_epochs."),
         ("learning_rate", 1e-4, real(0), "Peak learning rate."),
@@ -350,7 +350,7 @@ def resolve(args, given, problems, notices):
 
 def ignored_flags(args, given):
     """Yield a notice for each of the flags given that changes nothing in this run."""
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+    if args.lr_scheduler == "constant" and "lr_warmup_steps" in given and args.lr_warmup_steps > 0:
         yield f"--lr_warmup_steps {args.lr_warmup_steps}: unused, `constant` has no warm-up (constant_with_warmup has)"
     if {"max_train_steps", "num_train_epochs"} <= given:
         yield f"--max_train_steps {args.max_train_steps} overrides --num_train_epochs {args.num_train_epochs}"
@@ -392,7 +392,7 @@ def resolve_rank(args, problems):
 
 
 def resolve_model(args, problems, notices):
-    """Replace the old id of SD1.5 by its new one, and check the index of a base model that is a local folder."""
+    """Replace the old id of SD1.5 with its new one, and check the index of a base model that is a local folder."""
     flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
     if name in MOVED_MODELS and not os.path.isdir(name):
         args.pretrained_model_name_or_path = MOVED_MODELS[name]
@@ -418,7 +418,8 @@ def pipeline_problems(flag, name):
     except (OSError, ValueError, AttributeError) as error:
         return [f"{flag} {name}: its {INDEX} cannot be read: {error}"]
     # A part is written as [library, class], or as [null, null] where there is none.
-    expected = {*PARTS[:5]} | {part for part, kind in parts if isinstance(kind, list) and any(kind)}
+    expected = {part for part, kind in parts if isinstance(kind, list) and any(kind)}
+    expected |= {*PARTS} - {"safety_checker", "feature_extractor"}  # which a pipeline may lack
     return [f"{flag} {name}: has no folder {part}" for part in sorted(expected) if not (folder / part).is_dir()]
 
 
@@ -471,7 +472,7 @@ def resolve_output(args, problems, notices):
 
 
 def conflicts(args, wanted):
-    """Yield what a run would write over: another run, later checkpoints of its own, or what no run has written."""
+    """Yield what a run would write over: another run, its own later checkpoints, or files that no run wrote."""
     output, checkpoint, known = Path(args.output_dir), args.resume_from_checkpoint, checkpoints(args.output_dir)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
     if not known and not (output / INDEX).exists():
@@ -486,9 +487,9 @@ def conflicts(args, wanted):
 
 
 def is_local(name):
-    """Say whether a model or data set name means a path: anything but owner/name with no folder called owner."""
+    """Say whether a model or data set name is a path: it exists, is not owner/name, or the owner is a folder here."""
     name = str(name)
-    # The two default ids are never paths: the tutorial has people unpack the model into a folder named like its owner.
+    # For the default ids that folder means nothing: the tutorial unpacks the model into one named like its owner.
     inside = os.path.isdir(os.path.dirname(name)) and name not in (MODEL, DATA)
     return os.path.exists(name) or HUB_ID.fullmatch(name) is None or inside
 
@@ -503,7 +504,7 @@ def is_saved_dataset(folder):
 
 @dataclasses.dataclass
 class TrainerState:
-    """What a checkpoint keeps besides weights, average and moments. Old files lack new fields, which need a default."""
+    """What a checkpoint keeps besides weights, average and moments. A field added later needs a default."""
 
     step: int  # steps done
     seed: int
@@ -613,7 +614,7 @@ def checksum(path):
 
 
 def flush(folder, within=True):
-    """Flush a folder to disk, and all that is `within`: a power cut loses what is in the system's memory only."""
+    """Flush a folder to disk, and all that is `within`: until then, a power cut may lose what was written."""
     if os.name == "nt":  # Windows has no descriptors of folders
         return
     for path in (*(folder.rglob("*") if within else ()), folder):
@@ -636,7 +637,10 @@ class WriteError(ReportedError):
 
 @contextlib.contextmanager
 def written_whole(hidden, what, size):
-    """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
+    """Yield the new, empty folder `hidden` to write into. If that fails, delete it and raise a `WriteError`.
+
+    The error's message calls what was to be written `what`, and says that it takes `size` bytes.
+    """
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
         hidden.mkdir(parents=True)
@@ -668,11 +672,11 @@ def discard(folder):
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def prune_checkpoints(output, limit, step, resumed_step):
-    """Delete checkpoints until at most `limit` are left that are whole and not later than `step`."""
+def prune_checkpoints(output, limit, step, last_step):
+    """Keep the last `limit` whole checkpoints up to `step`, which was just saved. The one before has `last_step`."""
     past = [path for path in checkpoints(output) if step_of(path) <= step]
-    # This run would have resumed from any whole checkpoint after `resumed_step`, which it started from or saved last.
-    damaged = [path for path in past if resumed_step < step_of(path) < step]
+    # Between the two there can be no whole one: the run would have resumed from it.
+    damaged = [path for path in past if last_step < step_of(path) < step]
     whole = [path for path in past if path not in damaged]
     try:
         for old in (*damaged, *whole[:-limit]):
@@ -726,7 +730,7 @@ def leftovers(args):
 
 
 class Plan:
-    """The arithmetic of a run. A step is an optimizer step; steps are counted from 1 once they are done.
+    """The arithmetic of a run. A step is an optimizer step; where a step is given, it is how many are done.
 
     `rows` of the data set are trained on by `processes` that share each step. `parameters` counts the UNet's weights,
     `texts` the distinct captions, and `width` the numbers in what the text encoder makes of one token.
@@ -734,7 +738,7 @@ class Plan:
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
         self.args, self.rows, self.processes = args, rows, processes
-        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples of one step
+        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples of its step
         self.effective_batch = self.batch_per_process * processes
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
@@ -754,11 +758,11 @@ class Plan:
         latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
         self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
         there = sum(map(size_on_disk, Path(args.cache_dir or args.output_dir).glob("encoded-*")))  # of earlier runs
-        self.encoded_missing = self.encoded_bytes - there
+        self.encoded_missing = max(0, self.encoded_bytes - there)
         self.encoded, self.encoded_why = self.choose_encoded()
 
     def choose_encoded(self):
-        """Return the folder for encoded pictures and captions, or None, and the reason in words."""
+        """Return the folder for encoded pictures and captions, or None and the reason why there is none."""
         args, folder = self.args, Path(self.args.cache_dir or self.args.output_dir)
         if args.cache_latents == "off":
             return None, "--cache_latents off"
@@ -770,10 +774,10 @@ class Plan:
             least = self.export_bytes + self.encoded_missing + 2 * self.checkpoint_bytes
             if shutil.disk_usage(disk_of(folder)).free < least:
                 return None, f"{gigabytes(self.encoded_bytes)} would not fit in {folder}"
-        return folder, "once"
+        return folder, None
 
     def saves_after(self, step):
-        """Say whether a checkpoint is due after `step`: at every interval, and at the end."""
+        """Say whether a checkpoint is due when `step` steps are done: at every interval, and at the end."""
         return step % self.args.checkpointing_steps == 0 or step == self.max_steps
 
     def saves_from(self, step):
@@ -788,7 +792,7 @@ class Plan:
         return self.validates and step > 0 and (regular or step == self.max_steps)
 
     def positions(self, step, rank=0):
-        """Return the positions of the sample stream that process `rank` consumes in step `step`, counted from 0."""
+        """Return the positions of the sample stream that process `rank` consumes when `step` steps are done."""
         first = step * self.effective_batch + rank * self.batch_per_process
         return range(first, first + self.batch_per_process)
 
@@ -817,7 +821,7 @@ class Plan:
 
 
 def gigabytes(size):
-    """Return a number of bytes in words."""
+    """Return a number of bytes as text."""
     return f"{size / 1e9:.2f} GB"
 
 
@@ -861,7 +865,7 @@ def compare_runs(saved, plan, now, data):
 
 
 def compare_disk(plan, step):
-    """Return problems and warnings, two lists, about what a run that stands at `step` will write, and the disk's room.
+    """Compare what is still to be written when `step` steps are done with the disk's room: problems, and warnings.
 
     The encodings, the export and two checkpoints, less what is there already, must fit. A warning says that not
     everything fits, or that all of it takes more than 100 GB.
@@ -871,7 +875,7 @@ def compare_disk(plan, step):
     free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, leftovers(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
     most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # a new one is whole before an old one goes
-    base = plan.export_bytes + (max(0, plan.encoded_missing) if plan.encoded else 0)
+    base = plan.export_bytes + (plan.encoded_missing if plan.encoded else 0)
     least, total = (base + count * plan.checkpoint_bytes for count in (min(saves, 1 if kept else 2), most))
     sizes = f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)}, an export of {gigabytes(plan.export_bytes)}"
     if free < least:

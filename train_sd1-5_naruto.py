@@ -1,14 +1,16 @@
 """Fine-tune every weight of Stable Diffusion 1.5's UNet on pictures with captions.
 
 Read it from the top: `main` is the story; the loss, the sample stream and the loop follow, which are the training
-itself. Then come models, data, encoding, validation and saving.
+itself. What surrounds it comes after: progress and tracker, signals and errors, models, data, encoding, validation
+and saving.
 
 Two ideas carry the rest. First, a run is an endless stream of training samples, and *everything* random about
-sample p (which row, which caption, crop, flip, noise, timestep) is a pure function of (seed, p). Step t of
-effective batch B consumes positions tB to tB + B - 1. A run resumed at step t therefore needs to know nothing but t,
-and neither the number of loader workers nor the way B is split into micro-batches and processes changes what
-is trained. Second, half precision is for the network's forward and backward only: noise, targets, losses, master
-weights, optimizer state and EMA are float32.
+sample p (which row, which caption, crop, flip, noise, timestep) is a pure function of the seed and p, for given rows
+and flags. Step t of effective batch B consumes positions tB to tB + B - 1. The stream therefore has no state but t:
+a resumed run goes on with the very next sample, and neither the number of loader workers nor the way B is split
+into micro-batches and processes changes what is trained. Second, half precision is for the networks' forward and
+backward only: noise, targets, losses, master weights, optimizer state and EMA are float32, unless --low_memory or
+--use_8bit_adam says otherwise.
 
 `step` always means an optimizer step; the pieces it is accumulated from are micro-batches. Pictures are float32
 in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, resolution / 8, resolution / 8).
@@ -242,8 +244,8 @@ class SampleStream(torch.utils.data.Dataset):
     """The endless stream of training samples, indexed by position: item p is a pure function of (seed, p).
 
     One generator per position draws, always in this order: caption choice, caption dropout, crop, flip (five numbers
-    at once), VAE posterior noise, timestep, diffusion noise, noise offset, input perturbation. What a run does not
-    use is drawn all the same, or comes last, so that switching one thing on changes nothing else.
+    at once), VAE posterior noise, timestep, diffusion noise, noise offset, input perturbation. Values that a run does
+    not use are drawn all the same (the optional ones last), so that switching one thing on changes nothing else.
     """
 
     def __init__(self, rows, tokenizer, args, seed, latent_shape, num_train_timesteps):
@@ -264,7 +266,7 @@ class SampleStream(torch.utils.data.Dataset):
         return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, [caption])[0], **drawn}
 
     def draw(self, position):
-        """Return everything random about the sample at `position`, as a dictionary of tensors."""
+        """Return everything random about the sample at `position` but its row, as a dictionary of tensors."""
         draws = keyed_generator(self.seed, "sample", position)
         drawn = {
             "choices": torch.rand(5, generator=draws),
@@ -313,6 +315,9 @@ def permutation(seed, epoch, length):
 
 
 # -- The loop ------------------------------------------------------------------------------------------------
+
+# `run` is a `Run`. Its `unet` holds the weights that are trained; its `network` is what they are trained through: the
+# UNet compiled, under autocast, and with gradients averaged over the processes, as flags and accelerate have it.
 
 
 def train(run):
@@ -371,8 +376,8 @@ def train_step(run, batch):
     `batch` holds this process's samples of the step, on the host. Of the metrics returned, loss and gradient norm are
     tensors on the device, shape ().
     """
-    while (loss := add_gradients(run, batch)) is None:
-        run.optimizer.adamw.zero_grad()  # and once more, with smaller micro-batches
+    while (loss := add_gradients(run, batch)) is None:  # memory ran out: again, with smaller micro-batches
+        run.optimizer.adamw.zero_grad()
         clear_device_cache(garbage_collection=True)
     gradient_norm = clip_gradients(run)
     run.consistent = False
@@ -430,6 +435,7 @@ def clip_gradients(run):
     parameters, limit = list(run.unet.parameters()), run.args.max_grad_norm
     if not run.args.low_memory:
         return run.accelerator.clip_grad_norm_(parameters, limit)
+    # These gradients are bf16, in which a sum over all of them would be lost to rounding.
     norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -439,13 +445,14 @@ def clip_gradients(run):
 class Optimizer:
     """AdamW, with a learning rate that is a function of the step, and a guard that keeps NaN out of the weights.
 
-    Once a loss or a gradient was not finite, no step changes the weights any more. The device itself sees to that, so
-    that the host need not wait: `Progress` ends the run when it reads the metrics.
+    Once a loss or a gradient was not finite, no step changes the weights any more (fp16's scaler skips such a step, and
+    goes on). The device itself sees to that, so that the host need not wait: `Progress` ends the run when it reads the
+    metrics.
     """
 
     def __init__(self, args, plan, unet, accelerator):
         adamw = create_adamw(args, plan, unet)
-        schedule = get_scheduler(  # gives the factor of a step's rate; never advanced, saved or handed to accelerate
+        schedule = get_scheduler(  # only for its function from a step to the factor of its rate
             args.lr_scheduler, adamw, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
         )
         self.accelerator, self.peak_rate, self.factor = accelerator, plan.learning_rate, schedule.lr_lambdas[0]
@@ -467,7 +474,7 @@ class Optimizer:
         if scaler and self.loss_scale is None:
             self.loss_scale = scaler.get_scale()
         self.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
-        if self.fused or scaler or not self.nonfinite.item():  # torchao's optimizer does not look at the flag
+        if self.fused or scaler or not self.nonfinite.item():  # an optimizer that is not fused ignores the flag
             self.adamw.step()
         self.adamw.zero_grad()
         if scaler is None:
@@ -489,7 +496,7 @@ class Average:
         self.ema, self.on_host = EMAModel(unet.parameters(), foreach=not on_host), on_host
         if not on_host:
             self.ema.to(device)
-        self.thread, self.update_on_host = ThreadPoolExecutor(max_workers=1), None
+        self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
 
     @torch.no_grad()
     def update(self, weights):
@@ -503,12 +510,12 @@ class Average:
         if weights[0].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self.update_on_host = self.thread.submit(average_on_host, self.settled(), copies, 1 - decay, arrived)
+        self.pending = self.executor.submit(average_on_host, self.settled(), copies, 1 - decay, arrived)
 
     def settled(self):
         """Return the averaged weights as a list, once the thread is done with them."""
-        if self.update_on_host:
-            self.update_on_host.result()
+        if self.pending:
+            self.pending.result()
         return self.ema.shadow_params
 
     def by_name(self, unet):
@@ -673,7 +680,7 @@ class Signals:
         return self
 
     def __exit__(self, error, *_details):
-        # What is saved after an error, or a first signal, takes a signal as well: only a second one ends it.
+        # After an error or a first signal the handlers stay: the last save must survive another signal.
         if not (error or self.number):
             for number, handler in self.handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -716,22 +723,22 @@ class NotFinite(sd_config.ReportedError):
 @contextlib.contextmanager
 def rescued(run):
     """Whatever ends the run: save what was trained, close the tracker, and leave with a message and an exit code."""
-    code, accelerator, alone = 0, run.accelerator, False
+    code, accelerator, others_wait = 0, run.accelerator, False
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:  # after a signal: all processes come here at the same step
         code = getattr(end, "code", 130)
     except Exception as error:
         code = getattr(error, "code", 1)
-        alone = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
+        others_wait = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
         explain(error, accelerator)
         traceback.clear_frames(error.__traceback__)  # if memory has run out, they hold what fills it
         rescue(run, error)
-    if code and (alone or accelerator.is_main_process):
+    if code and (others_wait or accelerator.is_main_process):
         last = run.checkpoints.last
         how = ": add --resume_from_checkpoint latest to go on from there" if last else ""
         print(f"Stopped at step {run.step}. Last checkpoint: {last or 'none'}{how}", file=sys.stderr)
-    if alone:  # the others may wait for this process for ever; once it has ended, the launcher ends them
+    if others_wait:  # for this process, and for ever; once it has ended, the launcher ends them
         sys.stdout.flush()
         os._exit(code)
     run.tracker.finish(code, run.step)
@@ -769,10 +776,9 @@ def explain(error, accelerator):
 
 
 def create_accelerator(args):
-    """Return accelerate's Accelerator: device, processes, precision, accumulation, trackers."""
+    """Return accelerate's Accelerator: device, processes, precision, trackers."""
     try:
         accelerator = accelerate.Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
@@ -813,8 +819,8 @@ class Run:
         self.step = 0  # steps done
         self.consistent = True  # weights, moments, average and step number belong together, and may be saved
         self.frozen = Frozen(pipeline, accelerator)
-        latent_shape = pipeline.vae.config.latent_channels, *2 * [args.resolution // pipeline.vae_scale_factor]
-        timesteps = len(noise_scheduler.alphas_cumprod)
+        side, timesteps = args.resolution // pipeline.vae_scale_factor, len(noise_scheduler.alphas_cumprod)
+        latent_shape = pipeline.vae.config.latent_channels, side, side
         self.stream = SampleStream(rows, self.frozen.tokenizer, args, seed, latent_shape, timesteps)
         self.held_out = None  # on the main process: the samples of --validation_samples, encoded, on the host
         if rows.held_out and accelerator.is_main_process:
@@ -831,8 +837,7 @@ class Run:
             "snr_gamma": args.snr_gamma,
         }
         self.average = Average(ema_unet, accelerator.device, on_host=args.low_memory) if args.use_ema else None
-        self.unet = prepare_unet(pipeline.unet, args, accelerator)  # the weights that are trained
-        # What they are trained through: compiled, and as accelerate prepares it.
+        self.unet = prepare_unet(pipeline.unet, args, accelerator)
         network = torch.compile(self.unet, fullgraph=True, dynamic=False) if args.torch_compile else self.unet
         self.network = accelerator.prepare(network)
         self.optimizer = Optimizer(args, plan, self.unet, accelerator)
@@ -848,7 +853,7 @@ class Run:
 
 
 class Frozen:
-    """The base model: as it was loaded, to be exported untouched, and the copies that encode, as the run needs them."""
+    """The base model: the pipeline as it was loaded, to be exported, and copies of the parts that encode."""
 
     def __init__(self, pipeline, accelerator):
         self.pipeline = pipeline
@@ -857,7 +862,7 @@ class Frozen:
             copy.deepcopy(part).requires_grad_(False).eval().to(accelerator.device, dtype)
             for part in (pipeline.vae, pipeline.text_encoder)
         )
-        self.tokenizer = copy.deepcopy(pipeline.tokenizer)  # a tokenizer remembers how it was used
+        self.tokenizer = copy.deepcopy(pipeline.tokenizer)  # using one changes the settings that it would save
 
     def move(self, device):
         """Move the copies to a device."""
@@ -918,10 +923,10 @@ def load_models(args):
     checkpoint, weights = args.resume_from_checkpoint, {"variant": args.variant}
     if checkpoint is None:
         pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, **weights)
-        ema_unet = pipeline.unet
         if args.non_ema_revision != args.revision:
             weights["revision"] = args.non_ema_revision
             pipeline.unet = load_base(UNet2DConditionModel.from_pretrained, args, subfolder="unet", **weights)
+        ema_unet = pipeline.unet  # whatever it holds: the first update sets the average to the weights
     else:
         load = functools.partial(infer.load, UNet2DConditionModel.from_pretrained, "--resume_from_checkpoint")
         unet = load(checkpoint, subfolder="unet")
@@ -981,7 +986,7 @@ def restore(run, saved):
     kwargs = {"map_location": "cpu", "weights_only": True}
     moments = infer.load(torch.load, "--resume_from_checkpoint", folder / OPTIMIZER, **kwargs)
     for weight, state in zip(run.unet.parameters(), moments.values(), strict=True):
-        for name, moment in state.items():  # the order in memory that they were saved in may be another precision's
+        for name, moment in state.items():  # another precision may have saved them in another order in memory
             if type(moment) is torch.Tensor and moment.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=moment.dtype, device="cpu").copy_(moment)
     adamw.load_state_dict(adamw.state_dict() | {"state": moments})
@@ -1123,7 +1128,7 @@ def read_pictures(table, args):
     Returns a fingerprint of the data set, which changes with any caption and any byte of a picture, and a dictionary:
     number of a row -> what is wrong with its picture.
     """
-    digest, bad = hashlib.sha256(), {}
+    read, bad = hashlib.sha256(), {}
     files = table.cast_column(args.image_column, datasets.Image(decode=False))
     for number, row in enumerate(files):
         picture = row[args.image_column] or {}
@@ -1136,8 +1141,8 @@ def read_pictures(table, args):
         except OSError as error:
             bad[number] = f"the picture cannot be read: {error}"
         content = content or b""
-        digest.update(repr((row[args.caption_column], len(content))).encode() + content)
-    fingerprint = digest.hexdigest()[:16]
+        read.update(repr((row[args.caption_column], len(content))).encode() + content)
+    fingerprint = read.hexdigest()[:16]
     if args.skip_bad_rows:
         file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.arrow")
 
@@ -1160,10 +1165,10 @@ def decoding_fault(table, number, args):
 
 
 def map_once(function, count, batch_size, file, description):
-    """Return what `function` makes of the numbers below `count`, computed once and kept in `file`.
+    """Return a data set whose column `values` holds what `function` makes of the numbers below `count`.
 
-    `function` maps a list of numbers, `batch_size` of them, to a list of values or an array of rows. What it returns
-    is the column `values` of the data set returned. The file is written under another name, and renamed when whole.
+    It is computed once and kept in `file`, which is written under another name, and renamed when whole. `function` maps
+    a list of `batch_size` numbers to a list of values or an array of rows.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
@@ -1292,8 +1297,8 @@ def digest(model):
 def encode_held_out(stream, frozen):
     """Return the samples of --validation_samples as a batch on the host: moments, hidden states, noise, timesteps.
 
-    They depend on the data set and on their number only. Row i of n has timestep (i + 1/2) T / n, rounded down: the
-    loss depends so much on the timestep that random ones would be most of what is measured.
+    They depend only on the data set and on how many they are. Row i of n has timestep (i + 1/2) T / n, rounded down:
+    the loss depends so much on the timestep that random ones would be most of what is measured.
     """
     rows, samples, held = stream.rows, [], copy.copy(stream)
     held.rows, held.seed = dataclasses.replace(rows, kept=rows.held_out), "held out"
@@ -1312,10 +1317,10 @@ def encode_held_out(stream, frozen):
 
 @torch.no_grad()
 def measure(run, name):
-    """Log the plain loss, whatever the run trains with, on the rows kept out of training, if any, as `name`."""
+    """Log the plain loss (no offset, DREAM or min-SNR) on the rows kept out of training, if any, as `name`."""
     if run.held_out is None:
         return
-    plain = {name: run.loss_options[name] for name in ("alphas_cumprod", "prediction_type")}
+    plain = {option: run.loss_options[option] for option in ("alphas_cumprod", "prediction_type")}
     device, losses = run.accelerator.device, []
     for index in range(len(run.stream.rows.held_out)):  # one at a time fits always, and rounds always the same
         sample = {key: values[index : index + 1].to(device) for key, values in run.held_out.items()}
@@ -1337,7 +1342,7 @@ def validate(run, signals, *, missing_only=False):
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
         hidden = sd_config.hidden_beside(folder)
         measure(run, "val/loss")
-        with drawing(run):
+        with averaged_weights(run):
             if run.average:
                 measure(run, "val/loss_ema")
             images = list(draw_prompts(run, hidden, signals)) if prompts else []
@@ -1349,8 +1354,8 @@ def validate(run, signals, *, missing_only=False):
 
 
 @contextlib.contextmanager
-def drawing(run):
-    """While this is entered, the UNet has its averaged weights (its own wait on the host), and the device the VAE."""
+def averaged_weights(run):
+    """Lend the UNet its averaged weights, if there are any (its own wait on the host), and the device the encoders."""
     weights, home = list(run.unet.parameters()), run.frozen.vae.device
     run.frozen.move(run.accelerator.device)
     run.consistent = False
@@ -1458,7 +1463,7 @@ def free_memory(group=Path("/sys/fs/cgroup")):
 
 
 def snapshot(run, copied):
-    """Return a checkpoint's tensors by their file or folder; `copied` to the host, no further training changes them."""
+    """Return a checkpoint's tensors by their file or folder; `copied` to the host, training changes them no more."""
     tensors = {"unet": run.unet.state_dict(), OPTIMIZER: run.optimizer.adamw.state_dict()["state"]}
     if run.average:
         tensors["unet_ema"] = run.average.by_name(run.unet)
@@ -1470,7 +1475,7 @@ def snapshot(run, copied):
 
 
 def copied_to_host(value):
-    """Return a copy of a tensor, or of all tensors in a dictionary, in the host's memory; the device may lag behind."""
+    """Return a copy of a tensor, or of all in a dictionary, in the host's memory, not to be read before a wait."""
     if isinstance(value, dict):
         return {key: copied_to_host(entry) for key, entry in value.items()}
     if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments: codes, scales, and a table
@@ -1516,14 +1521,14 @@ def export(run):
     if accelerator.is_main_process:
         with sd_config.written_whole(output / ".export", f"the pipeline in {output}", run.plan.export_bytes) as staging:
             infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
-            if run.average:
-                pipeline.unet = unet_with(run.average.by_name(run.unet), run.unet.config)
+            average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
+            pipeline.unet = average or run.unet
             pipeline.save_pretrained(staging)
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
             sd_config.flush(staging)
-        # The index goes first and comes last: a folder that has one holds a whole pipeline.
+        # The old index is deleted first, and the new one moved in last: a folder that has one holds a whole pipeline.
         (output / sd_config.INDEX).unlink(missing_ok=True)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == sd_config.INDEX):
             target = output / part.name
