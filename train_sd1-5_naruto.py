@@ -68,7 +68,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXPERIMENT_NAME = "SD1-5_火影忍者"
 OPTIMIZER = "optimizer.pt"  # the file of a checkpoint that holds AdamW's moments
 LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
-VALIDATION_STEPS = 20  # denoising steps of a validation picture
+DENOISING_STEPS = 20  # of a validation picture
 # What PyTorch's allocator, CUDA's driver, Triton, cuBLAS, cuDNN and a CPU say, each in its own words.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
 MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen from 2^16 to 2^-14
@@ -164,7 +164,7 @@ def diffusion_loss(
         alphas_cumprod (torch.Tensor): ᾱ of every timestep, float32, shape (timesteps,).
         prediction_type (str): what the network predicts, "epsilon" or "v_prediction".
         noise_offset, input_perturbation (float): scales of additional noise, from 0.
-        dream_detail_preservation (float or None): p of `dream`, which None leaves out.
+        dream_detail_preservation (float or None): p of `dream` (for epsilon only), which None leaves out.
         snr_gamma (float or None): γ of `min_snr_weight`; with None every sample counts the same.
     """
     timesteps = draws["timesteps"]
@@ -180,7 +180,7 @@ def diffusion_loss(
     if dream_detail_preservation is not None:
         with torch.no_grad():
             estimate = predict(network, noisy_latents, *conditions)
-        noisy_latents, target = dream(noisy_latents, target, noise, estimate, alpha_bar, dream_detail_preservation)
+        noisy_latents, target = dream(noisy_latents, noise, estimate, alpha_bar, dream_detail_preservation)
     prediction = predict(network, noisy_latents, *conditions)
     losses = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
@@ -226,7 +226,7 @@ def min_snr_weight(alpha_bar, gamma, prediction_type):
     return snr.clamp(max=gamma) / (snr + 1)
 
 
-def dream(noisy_latents, target, noise, estimate, alpha_bar, detail_preservation):
+def dream(noisy_latents, noise, estimate, alpha_bar, detail_preservation):
     """Return input and target moved towards what the network will see when it samples from its own estimates.
 
     With λ = √(1 - ᾱ)^p and Δ = λ (ε - ε_θ): x_t + √(1 - ᾱ) Δ and ε + Δ. Zhou et al. 2023, "DREAM: Diffusion
@@ -234,7 +234,7 @@ def dream(noisy_latents, target, noise, estimate, alpha_bar, detail_preservation
     """
     sigma = (1 - alpha_bar).sqrt()
     delta = sigma**detail_preservation * (noise - estimate)
-    return noisy_latents + sigma * delta, target + delta
+    return noisy_latents + sigma * delta, noise + delta
 
 
 # -- The sample stream: position -> everything that a training sample needs ----------------------------------
@@ -262,7 +262,9 @@ class SampleStream(torch.utils.data.Dataset):
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
         if self.encoded:
             return self.encoded.look_up(index, flipped, caption) | drawn
-        pixel_values = self.load_pixels(index, flipped, crop=None if args.center_crop else (top, left))
+        pixel_values = self.load_pixels(index, crop=None if args.center_crop else (top, left))
+        if flipped:
+            pixel_values = pixel_values.flip(-1)
         return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, [caption])[0], **drawn}
 
     def draw(self, position):
@@ -284,12 +286,12 @@ class SampleStream(torch.utils.data.Dataset):
         epoch, index = divmod(position, len(self.rows.kept))
         return permutation(self.seed, epoch, len(self.rows.kept))[index]
 
-    def load_pixels(self, index, flipped, crop=None):
+    def load_pixels(self, index, crop=None):
         """Return the picture of a row trained on, as `to_pixels` makes it."""
         args, number = self.args, self.rows.kept[index]
         try:
             image = self.rows.table[number][args.image_column]
-            return to_pixels(image, args.resolution, args.image_interpolation_mode, crop=crop, flip=flipped)
+            return to_pixels(image, args.resolution, args.image_interpolation_mode, crop)
         except MemoryError:
             raise
         except Exception as error:  # whatever a broken file makes a decoder raise
@@ -600,7 +602,7 @@ class Tracker:
 
     def __init__(self, accelerator, args):
         self.accelerator, self.name, self.failed = accelerator, args.report_to, False
-        self.folder = os.path.join(args.output_dir, args.logging_dir)
+        self.folder = accelerator.logging_dir
 
     def start(self, run):
         """Start it, with all arguments as its configuration, if there is a step to log."""
@@ -1194,7 +1196,7 @@ def describe(table, number, args):
     return f"row {number}" + (f" ({path})" if path else "")
 
 
-def to_pixels(image, resolution, interpolation, *, crop, flip):
+def to_pixels(image, resolution, interpolation, crop=None):
     """Return a picture as a square float32 tensor in [-1, 1], shape (3, resolution, resolution).
 
     The shorter side is resized to `resolution`, with the filter that PIL calls `interpolation`. `crop` says what is
@@ -1207,7 +1209,7 @@ def to_pixels(image, resolution, interpolation, *, crop, flip):
         rooms = (image.height - resolution + 1, image.width - resolution + 1)
         top, left = (int(fraction * room) for fraction, room in zip(crop, rooms, strict=True))
         image = TF.crop(image, top, left, resolution, resolution)
-    return TF.to_tensor(TF.hflip(image) if flip else image) * 2 - 1
+    return TF.to_tensor(image) * 2 - 1
 
 
 def to_rgb(image):
@@ -1261,7 +1263,7 @@ def encode_rows(stream, plan, frozen, accelerator):
     folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
     def encode_views(indices):  # mirrored before they are encoded: the latents of a mirrored picture are not mirrored
-        pictures = [stream.load_pixels(index, flipped=False) for index in indices]
+        pictures = [stream.load_pixels(index) for index in indices]
         views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
         return frozen.encode_pictures(torch.stack(views)).flatten(1).cpu().numpy()
 
@@ -1304,7 +1306,7 @@ def encode_held_out(stream, frozen):
     held.rows, held.seed = dataclasses.replace(rows, kept=rows.held_out), "held out"
     for index, number in enumerate(tqdm(rows.held_out, desc="Encoding the rows kept out of training")):
         with exit_on(BadRow):
-            pixel_values = held.load_pixels(index, flipped=False)
+            pixel_values = held.load_pixels(index)
         input_ids = tokenize(stream.tokenizer, rows.captions[number][:1])
         timestep = (2 * index + 1) * stream.num_train_timesteps // (2 * len(rows.held_out))
         encoded = {
@@ -1381,7 +1383,7 @@ def draw_prompts(run, folder, signals):
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
-    settings = {"seed": run.stream.seed, "num_inference_steps": VALIDATION_STEPS}
+    settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
     settings["guidance_scale"] = run.args.validation_guidance_scale
     settings["height"] = settings["width"] = run.args.resolution
     saved = run.plan.saves_after(run.step) or run.checkpoints.last_step == run.step
@@ -1543,26 +1545,22 @@ def export(run):
 def model_card(run):
     """Return the text of the output folder's README.md."""
     args, plan, grid = run.args, run.plan, f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    lines += ["tags: [stable-diffusion, text-to-image, full-fine-tune]", "---", ""]
-    lines += [
+    bad = [f"- row {number}: {fault}" for number, fault in run.stream.rows.bad.items()]
+    arguments = [f"| {name} | {value} |" for name, value in plain_args(args, run.accelerator).items()]
+    paragraphs = [
+        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n"
+        "tags: [stable-diffusion, text-to-image, full-fine-tune]\n---",
         f"# {args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or args.train_data_dir}",
-        "",
         f"All weights of the UNet were trained for {run.step} steps of {plan.effective_batch} samples "
         f"({plan.rows} rows, {run.step / plan.steps_per_epoch:.1f} epochs, seed {run.stream.seed}). "
         f"The loss of the last step was {run.progress.loss:.4f}.",
-        "",
+        f"![samples]({grid})" if Path(args.output_dir, grid).exists() else "",
+        '`unet` holds the moving average; the raw weights load with `variant="non_ema"`.' if run.average else "",
+        f"Rows left out, {len(bad)}, because their pictures cannot be read:" if bad else "",
+        "\n".join(bad),
+        "\n".join(["| argument | value |", "|---|---|", *arguments]),
     ]
-    if Path(args.output_dir, grid).exists():
-        lines += [f"![samples]({grid})", ""]
-    if run.average:
-        lines += ['`unet` holds the moving average of the weights; the raw ones load with `variant="non_ema"`.', ""]
-    if bad := run.stream.rows.bad:
-        lines += [f"Rows left out, {len(bad)}, because their pictures cannot be read:", ""]
-        lines += [*(f"- row {number}: {fault}" for number, fault in bad.items()), ""]
-    lines += ["| argument | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in plain_args(args, run.accelerator).items()]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 if __name__ == "__main__":

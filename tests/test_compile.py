@@ -43,7 +43,7 @@ def shallow(assets, tmp_path):
 def test_compiled_and_plain_runs_are_the_same_and_go_on_from_each_other(train, shallow, assets, tmp_path, monkeypatch):
     begin = weights(shallow / "unet")
     plain = train(*FLAGS, output="plain", model=shallow)
-    monkeypatch.setattr(trainer, "VALIDATION_STEPS", 2)
+    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
     compiled = train(*FLAGS, "--torch_compile", "--validation_prompts=a cat", output="compiled", model=shallow)
     assert compiled.run.network is not compiled.run.unet
     assert len(list(compiled.output.glob("samples/*/0-a-cat.png"))) == 3

@@ -52,7 +52,7 @@ def attempt(argv, log, before):
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
         stream.reconfigure(write_through=True)  # what is printed before a SIGKILL is to be seen
-    trainer.VALIDATION_STEPS = 2
+    trainer.DENOISING_STEPS = 2
     before()
     trainer.main(sd_config.parse_args(argv))
 

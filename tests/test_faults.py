@@ -59,7 +59,7 @@ def once():
 def sketches():
     """Validation pictures of three denoising steps: what they show does not matter here."""
     with pytest.MonkeyPatch.context() as patch:  # `stopped` undoes the other one
-        patch.setattr(trainer, "VALIDATION_STEPS", 3)
+        patch.setattr(trainer, "DENOISING_STEPS", 3)
         yield
 
 

@@ -48,10 +48,10 @@ def test_min_snr_weights():
 def test_dream_moves_input_and_target_by_its_estimate_of_the_error():
     alpha_bar = torch.tensor(0.36).view(1, 1, 1, 1)  # σ = 0.8
     x, noise, estimate = torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.5)
-    moved, target = trainer.dream(x, noise, noise, estimate, alpha_bar, 2.0)
+    moved, target = trainer.dream(x, noise, estimate, alpha_bar, 2.0)
     assert moved.item() == pytest.approx(2 + 0.8 * 0.64 * 0.5)
     assert target.item() == pytest.approx(1 + 0.64 * 0.5)
-    exact = trainer.dream(x, noise, noise, noise, alpha_bar, 1.0)
+    exact = trainer.dream(x, noise, noise, alpha_bar, 1.0)
     assert (exact[0].item(), exact[1].item()) == (2, 1)
 
 

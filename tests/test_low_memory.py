@@ -95,7 +95,7 @@ def test_the_average_moves_in_float32(on_host, dtype):
 
 def test_whatever_reads_the_average_waits_for_it(train, monkeypatch):
     flags = (*FLAGS, "--max_train_steps=5", "--checkpointing_steps=3", "--validation_prompts=a cat")
-    monkeypatch.setattr(trainer, "VALIDATION_STEPS", 2)
+    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
     quick, move = train(*flags, output="quick"), trainer.average_on_host
 
     def average_on_host(*args):

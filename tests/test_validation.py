@@ -28,7 +28,7 @@ def loss_by_hand(run, base, unet, prediction_type):
     for index, number in enumerate(rows.held_out):
         noise, posterior_noise = (run.held_out[name][index][None] for name in ("noise", "posterior_noise"))
         timestep = torch.tensor([[125, 375, 625, 875][index]])
-        picture = trainer.to_pixels(rows.table[number]["image"], 64, "bilinear", crop=None, flip=False)
+        picture = trainer.to_pixels(rows.table[number]["image"], 64, "bilinear")
         ids = trainer.tokenize(run.stream.tokenizer, [rows.captions[number][0]])
         with torch.no_grad():
             posterior = vae.encode(picture[None]).latent_dist
