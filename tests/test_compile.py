@@ -11,7 +11,8 @@ from test_processes import start
 
 # Ten steps, at a rate at which the rounding of float32 weights is little of the way that they go.
 FLAGS = (
-    "--train_batch_size=2",
+    "--train_batch_size=1",  # as in each of two processes, which find in the compiler's cache what is compiled here
+    "--gradient_accumulation_steps=2",
     "--max_train_steps=10",
     "--checkpointing_steps=6",
     "--use_ema",
@@ -56,7 +57,8 @@ def test_compiled_and_plain_runs_are_the_same_and_go_on_from_each_other(train, s
     shared = [f"--pretrained_model_name_or_path={shallow}", f"--train_data_dir={assets[1]}", "--output_dir=two"]
     shared += ["--resolution=64", "--report_to=none", "--lr_warmup_steps=0", "--validation_prompts", "--seed=7", *FLAGS]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train_sd1-5_naruto.py")]
-    start([*two, *shared, "--train_batch_size=1", "--torch_compile"], tmp_path, ACCELERATE_USE_CPU="true")
+    flags = [*shared, "--gradient_accumulation_steps=1", "--torch_compile"]
+    start([*two, *flags], tmp_path, ACCELERATE_USE_CPU="true")
     for output in (compiled.output, onwards.output, faster.output, tmp_path / "two"):
         for part in ("unet", "unet_ema"):
             one, other = (weights(folder / "checkpoint-10" / part) for folder in (output, plain.output))

@@ -17,29 +17,30 @@ FLAGS = (
     "--center_crop",
     "--random_flip",
     "--use_ema",
-    "--max_train_steps=6",
+    "--max_train_steps=4",
     "--checkpointing_steps=2",
 )
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
+def quicker(monkeypatch):
     """torchao compiles its optimizer for every shape of a tensor, which takes many minutes on a CPU."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
 
 
-def test_what_it_keeps_and_where(train, assets):
+def test_what_it_keeps_and_where(train):
+    from torchao.optim.subclass_8bit import OptimState8bit  # noqa: PLC0415 (slow)
+
     run = train(*FLAGS, "--validation_prompts=a cat")
     parameters = list(run.run.unet.parameters())
     large = [p.numel() >= 4096 and p.numel() % 256 == 0 for p in parameters]
     assert [p.dtype for p in parameters] == [torch.bfloat16 if is_large else torch.float32 for is_large in large]
-    assert sum(p.numel() for p, is_large in zip(parameters, large, strict=True) if is_large) > 0.9 * sum(
-        p.numel() for p in parameters
-    )
+    in_bf16 = sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
+    assert in_bf16 > 0.9 * sum(p.numel() for p in parameters)
     for parameter, is_large in zip(parameters, large, strict=True):
         moments = run.run.optimizer.adamw.state[parameter]
-        kept = {type(moments["exp_avg"]).__name__, type(moments["exp_avg_sq"]).__name__}
-        assert kept == ({"OptimState8bit"} if is_large else {"Parameter"} if not kept - {"Parameter"} else {"Tensor"})
+        assert [isinstance(moments[name], OptimState8bit) for name in ("exp_avg", "exp_avg_sq")] == 2 * [is_large]
     assert {average.dtype for average in run.run.average.ema.shadow_params} == {torch.float32}
     assert run.run.unet.is_gradient_checkpointing
     assert run.run.args.mixed_precision == "bf16"
@@ -52,13 +53,10 @@ def test_what_it_keeps_and_where(train, assets):
 def test_resuming_is_bit_identical(train):
     """Although weights are rounded at random: the draws depend on seed and step alone."""
     whole = train(*FLAGS, output="whole")
-    for step in (2, 4):
-        torch.manual_seed(step)
-        resumed = train(
-            *FLAGS, f"--resume_from_checkpoint={whole.output / f'checkpoint-{step}'}", output=f"from-{step}"
-        )
-        assert_same_state(whole.output / "checkpoint-6", resumed.output / "checkpoint-6")
-        assert learned(resumed) == {at: values for at, values in learned(whole).items() if at > step}
+    torch.manual_seed(2)
+    resumed = train(*FLAGS, f"--resume_from_checkpoint={whole.output / 'checkpoint-2'}", output="resumed")
+    assert_same_state(whole.output / "checkpoint-4", resumed.output / "checkpoint-4")
+    assert learned(resumed) == {step: values for step, values in learned(whole).items() if step > 2}
 
 
 def test_updates_too_small_for_bf16_add_up(train, assets):
@@ -95,11 +93,10 @@ def test_the_average_moves_in_float32(on_host, dtype):
 
 def test_whatever_reads_the_average_waits_for_it(train, monkeypatch):
     flags = (*FLAGS, "--max_train_steps=5", "--checkpointing_steps=3", "--validation_prompts=a cat")
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
     quick, move = train(*flags, output="quick"), trainer.average_on_host
 
     def average_on_host(*args):
-        time.sleep(1)
+        time.sleep(0.3)
         move(*args)
 
     monkeypatch.setattr(trainer, "average_on_host", average_on_host)
@@ -133,11 +130,7 @@ def test_the_norm_of_the_gradients_is_exact(train, monkeypatch):
 def test_the_plan_counts_what_it_takes(capsys):
     args = sd_config.parse_args(["--low_memory", "--use_ema"])
     plan = sd_config.Plan(args, rows=10, processes=1, parameters=10**9)
-    assert plan.memory == {
-        "weights": 2 * 10**9,
-        "gradients": 2 * 10**9,
-        "optimizer state": 2 * 10**9,
-        "EMA (host)": 4 * 10**9,
-    }
+    sizes = {"weights": 2, "gradients": 2, "optimizer state": 2, "EMA (host)": 4}
+    assert plan.memory == {name: size * 10**9 for name, size in sizes.items()}
     assert plan.checkpoint_bytes == 8 * 10**9
     assert plan.export_bytes == 6 * 10**9 + sd_config.FROZEN_BYTES

@@ -1,7 +1,6 @@
-"""The data: which sample stands at which position, how pictures become tensors, what is refused before training."""
+"""The data: which sample stands at which position, how pictures become tensors, what is told of captions and rows."""
 
 import argparse
-import json
 
 import datasets
 import numpy as np
@@ -10,28 +9,22 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
+import sd_config
 from conftest import trainer
-
-ARGS = {
-    "image_column": "image",
-    "caption_column": "text",
-    "resolution": 64,
-    "center_crop": False,
-    "random_flip": False,
-    "image_interpolation_mode": "bilinear",
-    "caption_dropout": 0.0,
-    "input_perturbation": 0.0,
-}
 
 
 @pytest.fixture(scope="module")
-def stream_of(assets):
+def photos(assets):
+    return datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
+
+
+@pytest.fixture(scope="module")
+def stream_of(assets, photos):
     """A function that makes a stream over the photographs, or other rows, with some flags changed."""
-    photos = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
     tokenizer = CLIPTokenizer.from_pretrained(assets[0] / "tokenizer")
 
     def make(rows=photos, seed=3, **changed):
-        args = argparse.Namespace(**ARGS | changed)
+        args = argparse.Namespace(**vars(sd_config.parse_args(["--resolution=64"])) | changed)
         captions = [trainer.list_captions(caption) for caption in rows["text"]]
         rows = trainer.Rows(rows, fingerprint="", bad={}, held_out=[], kept=list(range(len(rows))), captions=captions)
         return trainer.SampleStream(rows, tokenizer, args, seed, (4, 8, 8), 1000)
@@ -55,9 +48,8 @@ def test_an_item_is_a_function_of_seed_and_position(stream_of):
     assert len({one[position]["noise"].sum().item() for position in range(60)}) == 60
 
 
-def test_every_epoch_shows_each_row_once_in_an_order_of_its_own(assets, stream_of):
-    captions = [json.loads(line)["text"] for line in (assets[1] / "metadata.jsonl").read_text().splitlines()]
-    stream = stream_of()
+def test_every_epoch_shows_each_row_once_in_an_order_of_its_own(photos, stream_of):
+    captions, stream = list(photos["text"]), stream_of()
     tokens = {tuple(trainer.tokenize(stream.tokenizer, [caption])[0].tolist()): caption for caption in captions}
     shown = [tokens[tuple(stream[position]["input_ids"].tolist())] for position in range(28)]
     assert sorted(shown[:14]) == sorted(shown[14:]) == sorted(captions)
@@ -154,18 +146,25 @@ def test_one_bit_is_white():
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("image", "says"),
     [
-        Image.new("F", (2, 2), 0.5),
-        Image.new("LAB", (2, 2)),
-        Image.new("I", (2, 2), 65536),
-        Image.new("I", (2, 2), -1),
+        (Image.new("F", (2, 2), 0.5), "convert"),
+        (Image.new("LAB", (2, 2)), "convert"),
+        (Image.new("I", (2, 2), 65536), "convert"),
+        (Image.new("I", (2, 2), -1), "convert"),
+        (Image.new("RGB", (1, 101)), "is too narrow"),
+        (Image.new("RGB", (101, 1)), "is too narrow"),
     ],
-    ids=["float", "LAB", "32 bits", "negative"],
+    ids=["float", "LAB", "32 bits", "negative", "narrow", "flat"],
 )
-def test_what_has_no_agreed_meaning_in_rgb_is_a_bad_picture(image):
-    with pytest.raises(ValueError, match="convert"):
+def test_what_has_no_agreed_meaning_in_rgb_or_would_fill_the_memory_is_a_bad_picture(image, says):
+    """A shorter side becomes the resolution, and the other a hundred times as long."""
+    with pytest.raises(ValueError, match=says):
         trainer.to_rgb(image)
+
+
+def test_a_picture_may_be_a_hundred_times_as_long_as_wide():
+    assert trainer.to_rgb(Image.new("RGB", (1, 100))).size == (1, 100)
 
 
 def transparent():
@@ -211,98 +210,42 @@ def test_exif_orientation_is_respected(tmp_path, stream_of):
     assert np.array_equal(((pixels + 1) * 127.5).round().numpy(), expected)
 
 
-# -- what is refused, or told, before weights load ---------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(train, monkeypatch, tmp_path, capsys):
-    """A function that runs the trainer on these rows and returns what it says before it exits with code 2."""
-
-    def run(*flags, **columns):
-        monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
-        pictures = [Image.new("RGB", (64, 64))] * len(next(iter(columns.values())))
-        rows = datasets.Dataset.from_dict({"image": pictures} | columns)
-        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
-        with pytest.raises(SystemExit) as error:
-            train(f"--dataset_name={tmp_path / 'rows'}", "--max_train_steps=1", *flags, data=None)
-        assert error.value.code == 2
-        return capsys.readouterr().err
-
-    return run
+# -- captions, and what is told of the data -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "captions",
+    ("given", "captions"),
     [
-        ["a", None, "b", ""],
-        ["a", "  ", "b", "\n"],
-        [["a"], [], ["b"], ["c", ""]],
-        [["a"], None, ["b", "c"], ["d", None]],
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        *((none, []) for none in (None, "", " \n", 1, [], ["a", ""], ["a", None])),
     ],
 )
-def test_rows_without_a_caption_are_named(refused, captions):
-    assert "--caption_column text: 2 row(s) without a caption, or with an empty one: 1, 3" in refused(text=captions)
+def test_captions_of_a_row_are_one_text_or_several_and_none_is_empty(given, captions):
+    assert trainer.list_captions(given) == captions
 
 
-def test_captions_that_are_no_text_are_refused(refused):
-    assert "2 row(s) without a caption" in refused(text=[1, 2])
-
-
-def test_a_column_without_pictures_is_refused(refused):
-    flags = ("--image_column=text", "--caption_column=other")
-    assert "--image_column text: holds Value('string'), not images" in refused(*flags, text=["a"], other=["a"])
-
-
-def test_missing_splits_and_data_are_named(train, tmp_path, capsys, assets):
-    rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
-    datasets.DatasetDict(test=rows).save_to_disk(tmp_path / "test only")
-    (tmp_path / "empty").mkdir()
-    for name, message in (
-        ("test only", "has no split named train, only test"),
-        ("empty", "cannot be loaded"),
-        ("acme/none", "cannot be loaded (check name and network, or give a local folder)"),
-    ):
-        folder = tmp_path / name if "/" not in name else name
-        with pytest.raises(SystemExit) as error:
-            train(f"--dataset_name={folder}", data=None)
-        assert error.value.code == 2
-        assert f"error: --dataset_name {folder}: {message}" in capsys.readouterr().err
-
-
-def test_long_captions_are_counted(train, tmp_path, capsys):
-    rows = datasets.Dataset.from_dict(
-        {"image": [Image.new("RGB", (64, 64))] * 3, "text": ["short", "word " * 75, "word " * 76]}
-    )
+def test_long_captions_and_missing_rows_are_told(train, tmp_path, capsys):
+    pictures, captions = [Image.new("RGB", (64, 64))] * 3, ["short", "word " * 75, "word " * 76]
+    rows = datasets.Dataset.from_dict({"image": pictures, "text": captions})
     rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
-    run = train(f"--dataset_name={tmp_path / 'rows'}", "--max_train_steps=1", data=None)
-    assert run.logs
-    assert "note: 1 of 3 captions are longer than 77 tokens and will be cut" in capsys.readouterr().out
+    flags = (f"--dataset_name={tmp_path / 'rows'}", "--max_train_samples=99", "--max_train_steps=1")
+    run = train(*flags, "--train_batch_size=2", data=None)
+    assert list(run.logs) == [1]
+    assert run.run.plan.rows == 3
+    printed = capsys.readouterr().out
+    assert "note: 1 of 3 captions are longer than 77 tokens and will be cut" in printed
+    assert "note: --max_train_samples 99: there are 3 to train on, all used" in printed
 
 
-def test_max_train_samples_above_the_rows_uses_all_and_says_so(train, capsys):
-    run = train("--max_train_samples=99", "--max_train_steps=1", "--train_batch_size=2")
-    assert run.run.plan.rows == 14
-    assert "note: --max_train_samples 99: there are 14 to train on, all used" in capsys.readouterr().out
-
-
-def test_hub_data_is_asked_for_with_every_flag(train, monkeypatch, assets):
+def test_hub_data_is_asked_for_with_every_flag(photos, monkeypatch):
     """The tutorial's data set cannot be reached here: what would be asked for is."""
-    rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows})
-    flags = ("--max_train_steps=1", "--train_batch_size=1")
-    train(*flags, data=None, output="one")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": photos})
     hub = ("--dataset_name=a/b", "--dataset_config_name=c", "--train_data_dir=d", "--cache_dir=/tmp")
-    train(*flags, *hub, data=None, output="two")
+    for flags in ((), hub):
+        assert trainer.read_dataset(sd_config.parse_args([*flags])) is photos
     assert asked == [
         (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "cache_dir": None}),
         (("a/b", "c"), {"data_dir": "d", "cache_dir": "/tmp"}),
     ]
-
-
-@pytest.mark.parametrize("size", [(1, 101), (101, 1)])
-def test_a_picture_that_would_fill_the_memory_is_refused(size):
-    """Its shorter side becomes the resolution, and the other a hundred times as long."""
-    with pytest.raises(ValueError, match="is too narrow"):
-        trainer.to_rgb(Image.new("RGB", size))
-    assert trainer.to_rgb(Image.new("RGB", (1, 100))).size == (1, 100)
