@@ -133,9 +133,8 @@ FLAGS = {
     ],
     "optimisation": [
         ("seed", None, integer(0, 2**32 - 1), "Seed of every random draw. Default: one is drawn, and printed."),
-        ("train_batch_size", 16, integer(1),
-         "Samples that one device takes at once. Times --gradient_accumulation_steps, those of its optimizer step."),
-        ("gradient_accumulation_steps", 1, integer(1), "How many such batches make one optimizer step."),
+        ("train_batch_size", 16, integer(1), "Samples in a batch, per device."),
+        ("gradient_accumulation_steps", 1, integer(1), "Batches that make one optimizer step."),
         ("num_train_epochs", 100, integer(1), "Passes over the data."),
         ("max_train_steps", None, integer(1), "Optimizer steps of the whole run. Overrides --num_train_epochs."),
         ("learning_rate", 1e-4, real(0), "Peak learning rate."),
@@ -637,10 +636,7 @@ class WriteError(ReportedError):
 
 @contextlib.contextmanager
 def written_whole(hidden, what, size):
-    """Yield the new, empty folder `hidden` to write into. If that fails, delete it and raise a `WriteError`.
-
-    The error's message calls what was to be written `what`, and says that it takes `size` bytes.
-    """
+    """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
         hidden.mkdir(parents=True)
