@@ -56,6 +56,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
+from safetensors.torch import save
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -71,7 +72,7 @@ LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits
 DENOISING_STEPS = 20  # of a validation picture
 # What PyTorch's allocator, CUDA's driver, Triton, cuBLAS, cuDNN and a CPU say, each in its own words.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
-MAX_SKIPPED_STEPS = 30  # in a row under fp16; by then the loss scale has fallen from 2^16 to 2^-14
+LEAST_LOSS_SCALE = 2**-14  # of fp16; each step that overflows halves the scale, which starts at 2^16
 
 
 def main(args):
@@ -390,9 +391,9 @@ def train_step(run, batch):
         run.average.update(list(run.unet.parameters()))
     run.step += 1
     run.consistent = True
-    if run.optimizer.skipped_in_a_row == MAX_SKIPPED_STEPS:
+    if (scale := run.optimizer.loss_scale) and scale < LEAST_LOSS_SCALE:
         last = describe_step(run, run.step, loss.item(), gradient_norm.item())
-        raise NotFinite(f"fp16 overflowed {MAX_SKIPPED_STEPS} steps in a row, which bf16 would not; the last: {last}")
+        raise NotFinite(f"fp16 overflows even at a loss scale of {scale:.0e}, where bf16 would not; {last}")
     return metrics
 
 
@@ -463,7 +464,7 @@ class Optimizer:
         if self.fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
             adamw.found_inf = self.nonfinite
         self.adamw = accelerator.prepare(adamw)
-        self.loss_scale, self.skipped_in_a_row = None, 0  # fp16 only
+        self.loss_scale = None  # fp16 only
 
     def step(self, step, loss, gradient_norm):
         """Update the weights with the rate of `step` (from 0), if all was finite so far; return metrics to log."""
@@ -483,9 +484,7 @@ class Optimizer:
             return {"lr": rate}
         # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
         before, self.loss_scale = self.loss_scale, scaler.get_scale()
-        skipped = self.loss_scale < before
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return {"lr": rate, "skipped": float(skipped)}
+        return {"lr": rate, "skipped": float(self.loss_scale < before)}
 
 
 class Average:
@@ -512,7 +511,15 @@ class Average:
         if weights[0].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending = self.executor.submit(average_on_host, self.settled(), copies, 1 - decay, arrived)
+        self.pending = self.executor.submit(self.update_on_host, self.settled(), copies, 1 - decay, arrived)
+
+    @torch.no_grad()  # which holds for one thread only
+    def update_on_host(self, averages, weights, weight, arrived):
+        """Move the averages towards copies of the weights, once these have `arrived` from the device."""
+        if arrived:
+            arrived.synchronize()
+        for average, copied in zip(averages, weights, strict=True):
+            average.lerp_(copied.float(), weight)
 
     def settled(self):
         """Return the averaged weights as a list, once the thread is done with them."""
@@ -523,15 +530,6 @@ class Average:
     def by_name(self, unet):
         """Return the averaged weights by the names that `unet` gives them."""
         return dict(zip(dict(unet.named_parameters()), self.settled(), strict=True))
-
-
-@torch.no_grad()
-def average_on_host(averages, weights, weight, arrived):
-    """Move averages towards copies of the weights, once these have `arrived` from the device."""
-    if arrived:
-        arrived.synchronize()
-    for average, copied in zip(averages, weights, strict=True):
-        average.lerp_(copied.float(), weight)
 
 
 # -- What a run tells: progress and tracker ------------------------------------------------------------------
@@ -587,9 +585,9 @@ class Progress:
 
 def describe_step(run, step, loss, grad_norm):
     """Say what was not finite in a step that the weights did not take, and which samples it saw."""
-    first, size, stream = (step - 1) * run.plan.effective_batch, run.plan.effective_batch, run.stream
-    rows = [stream.rows.kept[stream.index(position)] for position in range(first, first + min(size, 64))]
-    seen = [f"{row} ({int(stream.draw(first + index)['timesteps'])})" for index, row in enumerate(rows)]
+    size, stream = run.plan.effective_batch, run.stream
+    positions = range((step - 1) * size, (step - 1) * size + min(size, 64))
+    seen = [f"{stream.rows.kept[stream.index(p)]} ({int(stream.draw(p)['timesteps'])})" for p in positions]
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}. The weights did not take it; nothing was saved since.\n"
         f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"
@@ -602,20 +600,20 @@ class Tracker:
 
     def __init__(self, accelerator, args):
         self.accelerator, self.name, self.failed = accelerator, args.report_to, False
-        self.folder = accelerator.logging_dir
 
     def start(self, run):
         """Start it, with all arguments as its configuration, if there is a step to log."""
-        args, options = run.args, {"wandb": {"dir": self.folder, "name": EXPERIMENT_NAME}}
+        args, folder = run.args, self.accelerator.logging_dir
+        options = {"wandb": {"dir": folder, "name": EXPERIMENT_NAME}}
         if self.name == "none" or run.step == run.plan.max_steps:
             return
-        os.makedirs(self.folder, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         if self.name == "swanlab":
             import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
 
             options["swanlab"] = {"name": swanlab.Settings().experiment.name or EXPERIMENT_NAME}
             if not {"SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"} & os.environ.keys():
-                options["swanlab"]["log_dir"] = self.folder
+                options["swanlab"]["log_dir"] = folder
         plain = (bool, int, float, str)  # all that TensorBoard takes
         config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
         config["seed"] = run.stream.seed
@@ -737,9 +735,9 @@ def rescued(run):
         traceback.clear_frames(error.__traceback__)  # if memory has run out, they hold what fills it
         rescue(run, error)
     if code and (others_wait or accelerator.is_main_process):
-        last = run.checkpoints.last
-        how = ": add --resume_from_checkpoint latest to go on from there" if last else ""
-        print(f"Stopped at step {run.step}. Last checkpoint: {last or 'none'}{how}", file=sys.stderr)
+        known = [path for path in sd_config.checkpoints(run.args.output_dir) if sd_config.step_of(path) <= run.step]
+        last = f"{known[-1]}: add --resume_from_checkpoint latest to go on from there" if known else "none"
+        print(f"Stopped at step {run.step}. Last checkpoint: {last}", file=sys.stderr)
     if others_wait:  # for this process, and for ever; once it has ended, the launcher ends them
         sys.stdout.flush()
         os._exit(code)
@@ -824,11 +822,10 @@ class Run:
         side, timesteps = args.resolution // pipeline.vae_scale_factor, len(noise_scheduler.alphas_cumprod)
         latent_shape = pipeline.vae.config.latent_channels, side, side
         self.stream = SampleStream(rows, self.frozen.tokenizer, args, seed, latent_shape, timesteps)
-        self.held_out = None  # on the main process: the samples of --validation_samples, encoded, on the host
-        if rows.held_out and accelerator.is_main_process:
-            self.held_out = encode_held_out(self.stream, self.frozen)
+        measures = rows.held_out and accelerator.is_main_process
+        self.held_out = encode_held_out(self.stream, self.frozen) if measures else None
         if plan.encoded:
-            self.stream.encoded = encode_rows(self.stream, plan, self.frozen, accelerator)
+            self.stream.encoded = Encoded(self.stream, plan, self.frozen, accelerator)
             self.frozen.move("cpu")
         self.loss_options = {  # of `diffusion_loss`
             "alphas_cumprod": noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32),
@@ -922,20 +919,17 @@ def load_noise_scheduler(args):
 
 def load_models(args):
     """Return the base pipeline with the UNet to train, in float32, and the UNet that starts the EMA."""
-    checkpoint, weights = args.resume_from_checkpoint, {"variant": args.variant}
-    if checkpoint is None:
-        pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, **weights)
-        if args.non_ema_revision != args.revision:
-            weights["revision"] = args.non_ema_revision
-            pipeline.unet = load_base(UNet2DConditionModel.from_pretrained, args, subfolder="unet", **weights)
-        ema_unet = pipeline.unet  # whatever it holds: the first update sets the average to the weights
-    else:
-        load = functools.partial(infer.load, UNet2DConditionModel.from_pretrained, "--resume_from_checkpoint")
-        unet = load(checkpoint, subfolder="unet")
-        ema_unet = load(checkpoint, subfolder="unet_ema") if args.use_ema else unet
-        pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, unet=unet, **weights)
+    checkpoint, parts, load = args.resume_from_checkpoint, {}, UNet2DConditionModel.from_pretrained
+    if checkpoint:
+        parts["unet"] = infer.load(load, "--resume_from_checkpoint", checkpoint, subfolder="unet")
+    elif args.non_ema_revision != args.revision:
+        chosen = {"variant": args.variant, "revision": args.non_ema_revision}
+        parts["unet"] = load_base(load, args, subfolder="unet", **chosen)
+    pipeline = load_base(StableDiffusionPipeline.from_pretrained, args, variant=args.variant, **parts)
     infer.restore_precision(pipeline, "--pretrained_model_name_or_path", args.variant)
-    return pipeline, ema_unet
+    if checkpoint and args.use_ema:
+        return pipeline, infer.load(load, "--resume_from_checkpoint", checkpoint, subfolder="unet_ema")
+    return pipeline, pipeline.unet  # the first update sets the average to the weights, whatever it holds
 
 
 def hollow_unet(config):
@@ -998,8 +992,7 @@ def restore(run, saved):
         scaler.load_state_dict(saved.scaler)
     if run.args.micro_batch_size == "auto" and run.plan.batch_per_process % saved.micro_batch_size == 0:
         run.micro_batch_size = saved.micro_batch_size
-    run.step, run.progress.loss = saved.step, saved.loss
-    run.checkpoints.last, run.checkpoints.last_step = folder, saved.step
+    run.step, run.checkpoints.last_step, run.progress.loss = saved.step, saved.step, saved.loss
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
 
 
@@ -1067,27 +1060,21 @@ def load_rows(args, tokenizer, seed, accelerator):
 
 def read_dataset(args):
     """Return the train split of the data set that `args` name, from the Hub or from a local folder."""
-    name = args.dataset_name
+    name, options = args.dataset_name, {"split": "train", "cache_dir": args.cache_dir}
     flag = f"--dataset_name {name}" if name else f"--train_data_dir {args.train_data_dir}"
     try:
         if name is None:
-            files = {"train": os.path.join(glob.escape(args.train_data_dir), "**")}
-            splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+            files = os.path.join(glob.escape(args.train_data_dir), "**")
+            table = datasets.load_dataset("imagefolder", data_files=files, **options)
         elif sd_config.is_saved_dataset(name):
-            splits = datasets.load_from_disk(name)
+            splits = os.path.isfile(os.path.join(name, "dataset_dict.json"))
+            table = datasets.Dataset.load_from_disk(os.path.join(name, "train") if splits else name)
         else:
-            splits = datasets.load_dataset(
-                name, args.dataset_config_name, data_dir=args.train_data_dir, cache_dir=args.cache_dir
-            )
+            table = datasets.load_dataset(name, args.dataset_config_name, data_dir=args.train_data_dir, **options)
     except Exception as error:  # the library raises many kinds for what is wrong with a file
         stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {error}"])
-    if isinstance(splits, datasets.Dataset):
-        splits = {"train": splits}
-    if "train" not in splits:
-        stop_if([f"{flag}: has no split named train, only {', '.join(splits)}"])
-    if len(splits["train"]) == 0:
-        stop_if([f"{flag}: its train split is empty"])
-    return splits["train"]
+    stop_if([f"{flag}: its train split is empty"] if len(table) == 0 else [])
+    return table
 
 
 def check_columns(table, args):
@@ -1148,22 +1135,17 @@ def read_pictures(table, args):
     if args.skip_bad_rows:
         file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.arrow")
 
-        def decode(numbers):
-            return [decoding_fault(table, number, args) for number in numbers]
+        def decoding_faults(numbers):
+            try:
+                to_rgb(table[numbers[0]][args.image_column])
+                return [""]
+            except Exception as error:  # whatever a broken file makes a decoder raise
+                return [f"{type(error).__name__}: {error}"]
 
         with exit_on(OSError):
-            faults = map_once(decode, len(table), 1, file, "Decoding every picture")
+            faults = map_once(decoding_faults, len(table), 1, file, "Decoding every picture")
         bad = {number: fault for number, fault in enumerate(faults["values"]) if fault} | bad
     return fingerprint, dict(sorted(bad.items()))
-
-
-def decoding_fault(table, number, args):
-    """Return what keeps a row's picture from being decoded, in words, or "" if nothing does."""
-    try:
-        to_rgb(table[number][args.image_column])
-        return ""
-    except Exception as error:  # whatever a broken file makes a decoder raise
-        return f"{type(error).__name__}: {error}"
 
 
 def map_once(function, count, batch_size, file, description):
@@ -1237,60 +1219,46 @@ def to_rgb(image):
 # -- Pictures and captions that are encoded only once --------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Encoded:
-    """What the frozen models make of every picture and caption, in files that are mapped into memory."""
+    """What the frozen models make of every picture and caption, in files that are mapped into memory.
 
-    pictures: datasets.Dataset  # one for each view of each row: the row, then with --random_flip its mirror image
-    captions: datasets.Dataset  # in the order of Rows.texts
-    numbers: dict  # caption -> its place among them
-    views: int
-    latent_shape: tuple
+    They are made now, or were by an earlier run: the name of their folder is a hash of all that they depend on.
+    """
+
+    def __init__(self, stream, plan, frozen, accelerator):
+        rows, args, ids = stream.rows, stream.args, tokenize(stream.tokenizer, stream.rows.texts)
+        self.views, self.latent_shape = plan.views, stream.latent_shape
+        self.numbers = {text: number for number, text in enumerate(rows.texts)}
+        transform = args.resolution, args.image_interpolation_mode, plan.views
+        models = [hashlib.sha256(save(part.state_dict())).digest() for part in (frozen.vae, frozen.text_encoder)]
+        key = (rows.fingerprint, rows.kept, transform, ids.tolist(), models)
+        folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+
+        def encode_views(indices):  # mirrored before they are encoded: latents of a mirrored picture are not mirrored
+            pictures = [stream.load_pixels(index) for index in indices]
+            views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
+            return frozen.encode_pictures(torch.stack(views)).flatten(1).cpu().numpy()
+
+        def encode_texts(numbers):
+            return frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()
+
+        with accelerator.local_main_process_first(), exit_on(BadRow, OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with sd_config.lock(folder, wait=True):  # another run may be making the same
+                for path in folder.glob("tmp*"):  # of a run that was killed
+                    path.unlink()
+                if list(folder.glob("*.arrow")):
+                    accelerator.print(f"Encoded pictures and captions: found in {folder}")
+                pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
+                captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
+        self.pictures = pictures.with_format("torch")  # of each row its picture, then with --random_flip mirrored
+        self.captions = captions.with_format("torch")  # in the order of Rows.texts
 
     def look_up(self, index, flipped, caption):
         """Return the encodings that a sample of row `index` needs, in the shapes that `Frozen.encode` takes."""
         moments = self.pictures[self.views * index + int(flipped)]["values"]
         hidden_states = self.captions[self.numbers[caption]]["values"]
         return {"moments": moments.view(2, *self.latent_shape), "encoder_hidden_states": hidden_states.view(77, -1)}
-
-
-def encode_rows(stream, plan, frozen, accelerator):
-    """Return the `Encoded` rows, made now or by an earlier run: the folder's name is a hash of all they depend on."""
-    rows, args, ids = stream.rows, stream.args, tokenize(stream.tokenizer, stream.rows.texts)
-    transform = args.resolution, args.image_interpolation_mode, plan.views
-    models = frozen.vae.dtype, digest(frozen.vae), digest(frozen.text_encoder)
-    key = (rows.fingerprint, rows.kept, transform, ids.tolist(), *models)
-    folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-
-    def encode_views(indices):  # mirrored before they are encoded: the latents of a mirrored picture are not mirrored
-        pictures = [stream.load_pixels(index) for index in indices]
-        views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
-        return frozen.encode_pictures(torch.stack(views)).flatten(1).cpu().numpy()
-
-    def encode_texts(numbers):
-        return frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()
-
-    with accelerator.local_main_process_first(), exit_on(BadRow, OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        with sd_config.lock(folder, wait=True):  # another run may be making the same
-            for path in folder.glob("tmp*"):  # of a run that was killed
-                path.unlink()
-            if list(folder.glob("*.arrow")):
-                accelerator.print(f"Encoded pictures and captions: found in {folder}")
-            pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
-            captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
-    numbers = {text: number for number, text in enumerate(rows.texts)}
-    pictures, captions = pictures.with_format("torch"), captions.with_format("torch")
-    return Encoded(pictures, captions, numbers, plan.views, stream.latent_shape)
-
-
-def digest(model):
-    """Return a hash of a model's weights."""
-    value = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        value.update(name.encode())
-        value.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return value.hexdigest()
 
 
 # -- Validation: the loss on rows kept out of training, and pictures of the prompts --------------------------
@@ -1406,42 +1374,37 @@ class Checkpoints:
 
     def __init__(self, plan, accelerator):
         self.plan, self.accelerator = plan, accelerator
-        self.last, self.last_step = None, 0  # the checkpoint saved last, or resumed from, and its step
-        self.saving = None  # the checkpoint being written and, on the process that writes it, its Future
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.last_step = 0  # of the checkpoint saved last, or resumed from
+        self.thread, self.writing = ThreadPoolExecutor(max_workers=1), None  # the Future of the one being written
 
     def save(self, run):
         """Save all that is needed to go on from this step, unless that was done."""
         self.finish()
         if self.last_step == run.step:
             return
-        final, writing, copied = sd_config.checkpoint_folder(run.args.output_dir, run.step), None, True
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             room = free_memory()
             copied = self.plan.checkpoint_bytes < 0.7 * room  # pinned memory comes in powers of 2; writing takes some
-            writing = self.thread.submit(self.write, final, snapshot(run, copied), trainer_state(run), run.unet.config)
+            parts = snapshot(run, copied), trainer_state(run), run.unet.config
+            self.writing = self.thread.submit(self.write, *parts, self.last_step)
             if not copied:
                 print(f"note: {sd_config.gigabytes(room)} of memory are free, too few to save while training goes on")
-        self.saving = final, writing
-        if not copied:
-            self.finish()
+                self.finish()
+        self.last_step = run.step
 
     def finish(self, wait=True):
-        """Take note of the checkpoint being written, if it is ready (`wait` for that), or raise what went wrong."""
-        final, writing = self.saving or (None, None)
-        if final is None or (writing and not wait and not writing.done()):
-            return
-        self.saving = None
-        if writing:
+        """Raise what went wrong with the checkpoint being written, once that is done; `wait` for it, or look later."""
+        if self.writing and (wait or self.writing.done()):
+            writing, self.writing = self.writing, None
             writing.result()
-        self.last, self.last_step = final, sd_config.step_of(final)
 
-    def write(self, final, tensors, state, config):
+    def write(self, tensors, state, config, last_step):
         """Write a checkpoint, which either exists or does not, and delete the oldest ones above the limit.
 
         It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
+        final = sd_config.checkpoint_folder(self.plan.args.output_dir, state.step)
         with sd_config.written_whole(sd_config.hidden_beside(final), final, self.plan.checkpoint_bytes) as folder:
             for part in tensors.keys() - {OPTIMIZER}:
                 unet_with(tensors[part], config).save_pretrained(folder / part)
@@ -1450,7 +1413,7 @@ class Checkpoints:
             sd_config.write_manifest(folder)
             sd_config.put_in_place(folder)
         if limit := self.plan.args.checkpoints_total_limit:
-            sd_config.prune_checkpoints(final.parent, limit, state.step, self.last_step)
+            sd_config.prune_checkpoints(final.parent, limit, state.step, last_step)
 
 
 def free_memory(group=Path("/sys/fs/cgroup")):

@@ -367,8 +367,12 @@ def test_bad_rows_are_skipped_once_they_are_known(lab, capfd, monkeypatch):
         faults.insert(number, None)
     captions = [f"picture {number}" for number in range(len(contents))]
     given = f"{lab.pictures(captions, contents)} --skip_bad_rows --train_batch_size=1 --max_train_steps=6"
-    decoded, original = [], trainer.decoding_fault
-    monkeypatch.setattr(trainer, "decoding_fault", lambda *args: decoded.append(args[1]) or original(*args))
+    decoded, original = [], trainer.map_once
+
+    def map_once(function, *args):
+        return original(lambda numbers: decoded.extend(numbers) or function(numbers), *args)
+
+    monkeypatch.setattr(trainer, "map_once", map_once)
 
     result = train_with(lab, given)
     out, _ = capfd.readouterr()

@@ -470,8 +470,8 @@ def test_what_comes_after_a_number_that_is_none_is_not_saved(stopped, monkeypatc
     assert list(logged(tmp_path / "run"))[:2] == [1, 2]
 
 
-def test_steps_that_overflow_in_a_row_stop_the_run(stopped, monkeypatch, tmp_path):
-    """fp16's scaler, on the CPU. One step that does not overflow makes the count start anew."""
+def test_steps_that_overflow_whatever_the_loss_scale_stop_the_run(stopped, monkeypatch, tmp_path):
+    """fp16's scaler, on the CPU: five steps that overflow bring its scale from 1024 to 32."""
     build, starts = trainer.Run, []
 
     def before_micro_batch(run, micro_batch):
@@ -489,13 +489,13 @@ def test_steps_that_overflow_in_a_row_stop_the_run(stopped, monkeypatch, tmp_pat
         monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
         return run
 
-    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr(trainer, "LEAST_LOSS_SCALE", 50)
     faults.plant(monkeypatch.setattr, before_micro_batch=before_micro_batch)
     monkeypatch.setattr(trainer, "Run", with_scaler)
     code, printed = stopped(*SHORT, "--checkpointing_steps=100")
     assert code == 1
     assert "Traceback" not in printed
-    assert "3 steps in a row" in printed
+    assert "even at a loss scale of 3e+01" in printed
     assert steps(tmp_path / "run") == [7]
     explains(printed, tmp_path / "run", 7)
     assert_same(starts[0], weights(tmp_path / "run/checkpoint-7/unet"))

@@ -93,13 +93,13 @@ def test_the_average_moves_in_float32(on_host, dtype):
 
 def test_whatever_reads_the_average_waits_for_it(train, monkeypatch):
     flags = (*FLAGS, "--max_train_steps=5", "--checkpointing_steps=3", "--validation_prompts=a cat")
-    quick, move = train(*flags, output="quick"), trainer.average_on_host
+    quick, move = train(*flags, output="quick"), trainer.Average.update_on_host
 
-    def average_on_host(*args):
+    def update_on_host(*args):
         time.sleep(0.3)
         move(*args)
 
-    monkeypatch.setattr(trainer, "average_on_host", average_on_host)
+    monkeypatch.setattr(trainer.Average, "update_on_host", update_on_host)
     slow = train(*flags, output="slow")
     for name in ("checkpoint-3", "checkpoint-5"):
         assert_same_state(quick.output / name, slow.output / name)

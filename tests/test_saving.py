@@ -35,11 +35,11 @@ def order(monkeypatch):
         events.append(("step", run.step))
         passed[run.step].set()
 
-    def hold_and_write(checkpoints, final, *args):
-        step = sd_config.step_of(final)
+    def hold_and_write(checkpoints, tensors, state, *args):
+        step = state.step
         if step in order.hold:
             assert passed[order.hold[step]].wait(60)
-        write(checkpoints, final, *args)
+        write(checkpoints, tensors, state, *args)
         events.append(("written", step))
 
     def order():
@@ -110,7 +110,7 @@ def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, 
 
     def wait_for_it(run, _micro_batch):
         if run.step == 4:
-            assert concurrent.futures.wait([run.checkpoints.saving[1]], timeout=60).done
+            assert concurrent.futures.wait([run.checkpoints.writing], timeout=60).done
 
     monkeypatch.setattr(torch, "save", fail)
     faults.plant(monkeypatch.setattr, before_micro_batch=wait_for_it)

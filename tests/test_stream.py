@@ -241,11 +241,11 @@ def test_long_captions_and_missing_rows_are_told(train, tmp_path, capsys):
 def test_hub_data_is_asked_for_with_every_flag(photos, monkeypatch):
     """The tutorial's data set cannot be reached here: what would be asked for is."""
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": photos})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or photos)
     hub = ("--dataset_name=a/b", "--dataset_config_name=c", "--train_data_dir=d", "--cache_dir=/tmp")
     for flags in ((), hub):
         assert trainer.read_dataset(sd_config.parse_args([*flags])) is photos
     assert asked == [
-        (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "cache_dir": None}),
-        (("a/b", "c"), {"data_dir": "d", "cache_dir": "/tmp"}),
+        (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "split": "train", "cache_dir": None}),
+        (("a/b", "c"), {"data_dir": "d", "split": "train", "cache_dir": "/tmp"}),
     ]
