@@ -16,7 +16,7 @@ from pathlib import Path
 import sd_config
 from sd_config import choice, integer, real, stop_if
 
-# The well-known samplers, by the names that people know them by; values are classes of diffusers.
+# Samplers by their usual names; the values are the names of diffusers' classes.
 SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "ddim": "DDIMScheduler",
@@ -36,16 +36,16 @@ FLAGS = {
          "Draw with the UNet of this checkpoint folder, on the base model that it was trained from."),
         ("prompt", ["Lebron James with a hat"], "+", "One or more prompts."),
         ("negative_prompt", None, str, "What the pictures should not show."),
-        ("output", "result.png", str, "File to write; of several, NAME-0.png, NAME-1.png and so on."),
+        ("output", "result.png", str, "File to write; for several pictures, NAME-0.png, NAME-1.png …"),
         ("num_images", 1, integer(1), "Pictures of each prompt."),
         ("seed", None, integer(0, 2**32 - 1), "Picture i of a prompt is drawn with seed + i. Default: a random one."),
         ("num_inference_steps", 50, integer(1), "Denoising steps."),
-        ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; up to 1 turns it off."),
+        ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; 1 or less turns it off."),
         ("height", None, integer(8, multiple_of=8), "Height in pixels. Default: the model's own."),
         ("width", None, integer(8, multiple_of=8), "Width in pixels. Default: the model's own."),
         ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
         ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
-        ("dtype", None, choice("fp32", "fp16", "bf16"), "Default: fp16 on CUDA, fp32 elsewhere."),
+        ("dtype", None, choice("fp32", "fp16", "bf16"), "Precision. Default: fp16 on CUDA, else fp32."),
     ]
 }
 # fmt: on
@@ -74,7 +74,7 @@ def resolve(args, given, problems):
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
         args.prediction_type = saved.prediction_type
         args.origin["checkpoint"] = args.checkpoint
-        if "model_path" not in given:  # which names the base where it has moved since
+        if "model_path" not in given:  # given, it says where the base has moved since
             args.model_path, args.origin["model_path"] = saved.base_model, None
             args.base = {name: saved.args[name] for name in ("revision", "variant", "cache_dir")}
     if sd_config.is_local(args.model_path):
@@ -89,9 +89,9 @@ def resolve(args, given, problems):
     output, count = Path(args.output), args.num_images * len(args.prompt)
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     if output.suffix.lower() != ".png":
-        problems.append(f"--output {output}: must end in .png, whose text holds the settings")
+        problems.append(f"--output {output}: must end in .png: only PNGs hold the settings as text")
     elif any(path.is_dir() for path in args.outputs) or any(path.is_file() for path in output.parents):
-        problems.append(f"--output {output}: a folder of that name, or a file of the name of its folder, is in the way")
+        problems.append(f"--output {output}: is a folder, or a folder in its path is a file")
     existing = ", ".join(str(path) for path in args.outputs if path.exists())
     if count > 1 and existing:
         problems.append(f"--output {output}: would overwrite {existing}; move them away, or choose another name")
@@ -140,7 +140,7 @@ def main(args):
 
 
 def quiet_libraries():
-    """Silence what the user can do nothing about: bars for every part loaded, notes of the libraries to themselves."""
+    """Silence the libraries: progress bars of loading, and notes that the user can do nothing about."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -155,7 +155,7 @@ def choose_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch has a way of its own for each device
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch fails in another way for each device
         return stop_if([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
 
 
@@ -183,7 +183,7 @@ def load(loader, flag, model, **kwargs):
     """Return `loader(model, **kwargs)`, or exit with code 2 and a message that names `flag`, which named the model."""
     try:
         return loader(model, **kwargs)
-    except Exception as error:  # the libraries raise many kinds for what is wrong with a file
+    except Exception as error:  # the libraries raise many types of error
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
         return sd_config.stop(f"{flag} {model}: cannot be loaded ({remedy}): {error}")
 
@@ -228,8 +228,8 @@ def set_prediction_type(pipeline, prediction_type):
 def draw(pipeline, path, settings, text):
     """Draw a picture and write it as a PNG, whose text chunks hold its settings and more. Return it, a PIL image.
 
-    `settings` are those of `sample`, by their names, and `text` is what the PNG says besides them. Neither writes a
-    value that is None. The folder of `path` must exist.
+    `settings` are the arguments of `sample`; `text` is what else the PNG is to say. Values of None are not written.
+    The folder of `path` must exist.
     """
     image, chunks = sample(pipeline, **settings), PngInfo()
     for name, value in (settings | text).items():
@@ -259,10 +259,10 @@ def command(settings):
 
 
 def captioned_grid(rows, captions, width=256):
-    """Return rows of pictures as one, with a caption under each column. PIL's font draws letters not Latin as boxes.
+    """Return rows of pictures as one, with a caption under each column. PIL's font draws non-Latin letters as boxes.
 
     Args:
-        rows (list[list[PIL.Image.Image]]): pictures of one size; smaller ones than `width` are enlarged without blur.
+        rows (list[list[PIL.Image.Image]]): pictures of one size; if narrower than `width`, enlarged without blur.
         captions (list[str]): one for each column.
         width (int): least width of a column in pixels.
     """

@@ -1,7 +1,7 @@
-"""What will run, and what lies on disk: every flag, its checks, the plan of a run, and checkpoints as folders.
+"""The command line, the plan of a run, and checkpoints as folders: all that arguments and files alone decide.
 
-Everything here is decided from arguments and files alone. Only the standard library is imported, so `--help` and a
-typo are answered at once. All problems of a command line are reported together, and end the process with exit code 2.
+Only the standard library is imported, so `--help` and wrong flags are answered at once. All problems of a command line
+are reported together, and end the process with exit code 2.
 """
 
 import argparse
@@ -28,7 +28,7 @@ except ImportError:  # Windows
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
-# The flags that change what is trained, besides those that a resumed run must share with its past.
+# Flags that affect the training but may change when a run is resumed (`compare_runs` then warns).
 TRAINING = """
     pretrained_model_name_or_path revision variant skip_bad_rows resolution center_crop random_flip
     image_interpolation_mode caption_dropout learning_rate scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
@@ -119,7 +119,7 @@ FLAGS = {
         ("caption_column", "text", str, "Column that holds a caption, or a list of captions."),
         ("max_train_samples", None, integer(1), "Train on a random subset of this many rows. Default: all rows."),
         ("skip_bad_rows", False, bool,
-         "Decode every picture before training (once: the result is kept) and train without those that cannot be."),
+         "Decode every picture before training (once: the result is kept) and train without those that fail."),
         ("resolution", 512, integer(8, multiple_of=8),
          "Side in pixels of the square pictures trained on: the shorter side is resized to it, the longer cropped."),
         ("center_crop", False, bool, "Crop the centre. Default: a random place."),
@@ -129,7 +129,7 @@ FLAGS = {
         ("caption_dropout", 0.0, real(0, 1),
          "Probability of training a sample on the empty caption. Classifier-free guidance wants about 0.1."),
         ("dataloader_num_workers", 0, integer(0),
-         "Processes that read and decode pictures. 0: the training process does. The result does not depend on it."),
+         "Processes that read and decode pictures. 0: the training process itself. Results do not depend on it."),
     ],
     "optimisation": [
         ("seed", None, integer(0, 2**32 - 1), "Seed of every random draw. Default: one is drawn, and printed."),
@@ -150,7 +150,7 @@ FLAGS = {
         ("adam_weight_decay", 1e-2, real(0), "Decoupled weight decay."),
         ("adam_epsilon", 1e-8, real(0), "Term added to AdamW's denominator."),
         ("use_8bit_adam", False, bool,
-         "Keep AdamW's moments in 8 bits (needs torchao, which compiles its part of a step at the first one)."),
+         "Keep AdamW's moments in 8 bits (needs torchao, which compiles the update at the first step)."),
         ("max_grad_norm", 1.0, real(0, above=True, infinite=True),
          "Global norm to which gradients are clipped. inf: never."),
         ("use_ema", False, bool,
@@ -160,7 +160,7 @@ FLAGS = {
         ("prediction_type", None, choice("epsilon", "v_prediction"),
          "What the UNet predicts. Default: what the base model's scheduler says."),
         ("snr_gamma", None, real(0, above=True), "Min-SNR loss weighting; 5.0 is usual. Default: off."),
-        ("noise_offset", 0.0, real(0), "Scale of a noise constant over each channel."),
+        ("noise_offset", 0.0, real(0), "Scale of extra noise that is constant over a channel."),
         ("input_perturbation", 0.0, real(0),
          "Scale of extra noise added to the UNet's input but not to its target; 0.1 is usual."),
         ("dream_training", False, bool, "DREAM: rectify the target with one more forward pass."),
@@ -169,9 +169,9 @@ FLAGS = {
     "memory and speed": [
         ("cache_latents", "auto", choice("auto", "on", "off"),
          "Encode every picture and caption once, and keep the result in --cache_dir, or else in the output folder. "
-         "auto: if the crop is fixed (--center_crop), each view is used more than once, and the disk has room."),
-        ("micro_batch_size", None, integer(1, word="auto"), "Samples that go through the network at once, whatever "
-         "--train_batch_size and --gradient_accumulation_steps make of a step: the training is the same. auto: as many "
+         "auto: only if the crop is fixed (--center_crop), views are reused, and the disk has room."),
+        ("micro_batch_size", None, integer(1, word="auto"), "Samples in one forward and backward pass, into which a "
+         "step's --train_batch_size x --gradient_accumulation_steps are split; the training is the same. auto: as many "
          "as fit into memory, in a run of one process. Default: --train_batch_size."),
         ("torch_compile", False, bool, "Compile the UNet: faster steps after minutes of compilation."),
         ("low_memory", False, bool, "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in "
@@ -181,7 +181,7 @@ FLAGS = {
         ("allow_tf32", False, bool, "Let float32 matrix products use TF32."),
         ("gradient_checkpointing", False, bool, "Recompute activations: less memory, more time."),
         ("enable_xformers_memory_efficient_attention", False, bool, "Use xformers' attention."),
-        ("local_rank local-rank", -1, integer(-1), "Accepted from launchers; must be LOCAL_RANK."),
+        ("local_rank local-rank", -1, integer(-1), "Passed by launchers; must equal LOCAL_RANK."),
     ],
     "checkpoints": [
         ("output_dir", "sd-naruto-model", str, "Folder for the trained pipeline, checkpoints, samples and logs."),
@@ -196,11 +196,11 @@ FLAGS = {
     "validation": [
         ("validation_prompts", ["Bill Gates with a hoodie", "John Oliver with Naruto style", "Lebron James with a hat",
                                 "Mickael Jackson as a ninja"], "*",
-         "Prompts to draw during training. The flag without any prompt turns validation off."),
+         "Prompts to draw during training. The flag alone, without prompts, draws none."),
         ("validation_guidance_scale", 7.5, real(0),
-         "Strength of classifier-free guidance in these pictures; up to 1 turns it off."),
+         "Strength of classifier-free guidance in these pictures; 1 or less turns it off."),
         ("validation_samples", 0, integer(0), "Rows to keep out of training, on which every validation measures the "
-         "loss: always the same rows, noise and timesteps. A resumed run must keep out as many."),
+         "loss: always the same rows, noise and timesteps. A resumed run needs the same number."),
         ("validation_epochs", 5, integer(1),
          "Epochs between two validations. The first comes after the first epoch, the last at the end."),
     ],
@@ -234,7 +234,7 @@ def parse_args(argv=None):
 def announce_imports():
     """Say why nothing happens for a while, and keep the libraries from talking while they are imported."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("Loading PyTorch and diffusers takes some seconds.", flush=True)
+        print("Loading PyTorch and diffusers takes a few seconds.", flush=True)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in ("torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -243,7 +243,7 @@ def announce_imports():
 def stop_if(problems):
     """If there are any problems, print each on a line of standard error, and exit with code 2."""
     for problem in problems:
-        # The processes of one machine find the same problems, except in LOCAL_RANK itself: only the first prints them.
+        # All processes of a machine find the same problems: only the first prints them, except about LOCAL_RANK.
         if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_RANK" in problem:
             print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -266,18 +266,20 @@ def exit_on(*errors):
 
 
 class Parser(argparse.ArgumentParser):
-    """Finds all problems before it reports any, and abbreviates nothing. `groups` is a dictionary like `FLAGS`."""
+    """Collects all problems before reporting, and accepts no abbreviations. `groups` is a dictionary like `FLAGS`."""
 
     def __init__(self, description, groups):
-        options = {"usage": "%(prog)s [--flag value ...]", "allow_abbrev": False, "formatter_class": HelpFormatter}
-        super().__init__(description=description, **options)
+        super().__init__(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for names, default, kind, text in flags:
-                options = {"action": "store_true"} if kind is bool else {"default": default, "type": kind}
-                if kind in ("*", "+"):
+                options = {"default": default, "type": kind, "metavar": getattr(kind, "metavar", "TEXT")}
+                if kind is bool:
+                    options = {"action": "store_true"}
+                elif kind in ("*", "+"):
                     options |= {"type": str, "nargs": kind, "metavar": "PROMPT"}
-                group.add_argument(*(f"--{name}" for name in names.split()), help=text, **options)
+                shown = text if default is None or default is False else f"{text} (default: {default})"
+                group.add_argument(*(f"--{name}" for name in names.split()), help=shown, **options)
 
     def error(self, message):
         stop_if([f"{message} (--help lists all flags)"])
@@ -304,16 +306,6 @@ class Parser(argparse.ArgumentParser):
                 yield f"{name}: no such flag{remedy}"
             elif "=" in previous or not previous.startswith("-"):
                 yield f"{argument}: belongs to no flag"
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that are values (help texts say what None and a switch mean), and short placeholders."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action):
-        return getattr(action.type, "metavar", "TEXT")
 
 
 # -- Checks that need more than one flag, or the file system -------------------------------------------------
@@ -395,7 +387,7 @@ def resolve_model(args, problems, notices):
     flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
     if name in MOVED_MODELS and not os.path.isdir(name):
         args.pretrained_model_name_or_path = MOVED_MODELS[name]
-        notices.append(f"{flag} {name} is gone from the Hub: using {MOVED_MODELS[name]}, where it moved")
+        notices.append(f"{flag} {name} has moved on the Hub: using {MOVED_MODELS[name]}")
     elif is_local(name):
         problems.extend(pipeline_problems(flag, name))
         revisions = {flag: getattr(args, flag) for flag in ("revision", "non_ema_revision")}
@@ -440,7 +432,7 @@ def resolve_data(args, given, problems):
 
 
 def resolve_output(args, problems, notices):
-    """Find the checkpoint to resume from, and refuse to write where no run may write."""
+    """Find the checkpoint to resume from, and reject an unusable output folder."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     try:
         output.exists()
@@ -452,7 +444,7 @@ def resolve_output(args, problems, notices):
             problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
         args.resume_from_checkpoint = find_checkpoint(wanted, output, problems, notices)
     if not args.output_dir or any(path.is_file() for path in (output, *output.parents)):
-        problems.append(f"--output_dir {args.output_dir}: must be a folder, there already or not")
+        problems.append(f"--output_dir {args.output_dir}: must be a folder, new or existing")
     elif not os.access(disk_of(output), os.W_OK | os.X_OK):
         problems.append(f"--output_dir {args.output_dir}: no permission to write in {disk_of(output)}")
     for name in (SAMPLES, args.logging_dir):
@@ -476,7 +468,7 @@ def conflicts(args, wanted):
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
     if not known and not (output / INDEX).exists():
         if foreign := ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists()):
-            yield f"--output_dir {output}: holds {foreign}, of no run; choose another folder"
+            yield f"--output_dir {output}: holds {foreign}, not from a run; choose another folder"
     elif (wanted is None or elsewhere) and not args.overwrite_output_dir:
         remedy = "add --resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete it"
         yield f"--output_dir {output}: already holds a run; {remedy}, or choose another folder"
@@ -488,7 +480,7 @@ def conflicts(args, wanted):
 def is_local(name):
     """Say whether a model or data set name is a path: it exists, is not owner/name, or the owner is a folder here."""
     name = str(name)
-    # For the default ids that folder means nothing: the tutorial unpacks the model into one named like its owner.
+    # Not for the default ids: the tutorial unpacks the model into a folder that has its owner's name.
     inside = os.path.isdir(os.path.dirname(name)) and name not in (MODEL, DATA)
     return os.path.exists(name) or HUB_ID.fullmatch(name) is None or inside
 
@@ -567,7 +559,7 @@ def find_checkpoint(wanted, output, problems, notices):
             return folder
         damaged.append(f"{folder}: skipped, not a whole checkpoint: {damage}")
     if damaged:
-        problems.extend([*damaged, f"{flag}: none is whole; --overwrite_output_dir instead starts over"])
+        problems.extend([*damaged, f"{flag}: none is whole; to start over, give --overwrite_output_dir instead"])
     elif (output / INDEX).exists():
         problems.append(f"{flag}: no checkpoint in {output}, only an exported pipeline")
     else:
@@ -576,11 +568,11 @@ def find_checkpoint(wanted, output, problems, notices):
 
 
 def find_damage(folder, prefix=""):
-    """Return why a folder is not a checkpoint as it was saved, or None if it is."""
+    """Return what is damaged in a checkpoint's folder, or None if it is whole."""
     name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        # Only the files whose names start with `prefix` are looked at, and the trainer's state.
+        # Only the trainer's state and files whose names start with `prefix` are checked.
         manifest = {name: entry for name, entry in manifest.items() if name.startswith((prefix, STATE))}
         for name, (size, _) in manifest.items():  # all sizes first, because checksums take seconds
             if (found := (folder / name).stat().st_size) != size:
@@ -596,7 +588,7 @@ def find_damage(folder, prefix=""):
 
 
 def write_manifest(folder):
-    """Add the manifest by which `find_damage` knows a folder's files, and flush all of it to disk."""
+    """Write a folder's manifest, for `find_damage`, and flush the whole folder to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -613,7 +605,7 @@ def checksum(path):
 
 
 def flush(folder, within=True):
-    """Flush a folder to disk, and all that is `within`: until then, a power cut may lose what was written."""
+    """Flush a folder and, if `within`, its content to disk: only then can no power cut lose it."""
     if os.name == "nt":  # Windows has no descriptors of folders
         return
     for path in (*(folder.rglob("*") if within else ()), folder):
@@ -653,7 +645,7 @@ def hidden_beside(folder):
 
 
 def put_in_place(hidden):
-    """Give a folder that is written whole the name that `hidden_beside` hid, after deleting what had that name."""
+    """Rename a complete folder from its name of `hidden_beside` to the final one, replacing what has that."""
     final = hidden.with_name(hidden.name[1:])
     discard(final)
     hidden.rename(final)
@@ -661,7 +653,7 @@ def put_in_place(hidden):
 
 
 def discard(folder):
-    """Delete a folder, if there is one. It is renamed first, so that half a folder never bears its name."""
+    """Delete a folder, if there is one. It is renamed first, so that a half-deleted folder never has its name."""
     hidden = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         folder.rename(hidden)
@@ -669,9 +661,9 @@ def discard(folder):
 
 
 def prune_checkpoints(output, limit, step, last_step):
-    """Keep the last `limit` whole checkpoints up to `step`, which was just saved. The one before has `last_step`."""
+    """Keep the last `limit` whole checkpoints up to `step`, just saved. The one before was saved at `last_step`."""
     past = [path for path in checkpoints(output) if step_of(path) <= step]
-    # Between the two there can be no whole one: the run would have resumed from it.
+    # Checkpoints between these two are damaged, or the run would have resumed from one.
     damaged = [path for path in past if last_step < step_of(path) < step]
     whole = [path for path in past if path not in damaged]
     try:
@@ -682,18 +674,18 @@ def prune_checkpoints(output, limit, step, last_step):
 
 
 def lock(folder, wait=False):
-    """Hold a folder until the file returned is closed, or this process ends. If another holds it, wait or exit."""
+    """Lock a folder until the returned file is closed or the process ends. If another has the lock: wait, or exit."""
     try:
         file = open(folder / LOCK, "w")  # noqa: SIM115 (to stay open)
     except OSError as error:
         return stop(f"{'--cache_dir' if wait else '--output_dir'} {folder}: cannot be written to: {error}")
     try:
-        # Nothing else may open the file: the lock ends when this process closes any handle of it. Windows is trusted.
+        # Nothing else may open the file: the lock ends when this process closes any handle of it. Windows has no lock.
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         stop(f"--output_dir {folder}: another process is training into it")
-    except OSError:  # a file system without locks, which is trusted too
+    except OSError:  # a file system without locks: go on without one
         pass
     return file
 
@@ -711,7 +703,7 @@ def claimed_output(args, step):
 
 
 def is_ours(name):
-    """Say whether a run writes a file or folder of this name into its output folder, besides its logs."""
+    """Say whether a run's results, which --overwrite_output_dir deletes, have a file or folder of this name."""
     return name in OUTPUT or CHECKPOINT_NAME.fullmatch(name) is not None
 
 
@@ -726,15 +718,15 @@ def leftovers(args):
 
 
 class Plan:
-    """The arithmetic of a run. A step is an optimizer step; where a step is given, it is how many are done.
+    """The arithmetic of a run. Steps are optimizer steps; a `step` given to a method is the number done so far.
 
-    `rows` of the data set are trained on by `processes` that share each step. `parameters` counts the UNet's weights,
-    `texts` the distinct captions, and `width` the numbers in what the text encoder makes of one token.
+    `rows` is the number of rows trained on, by `processes` that share each step. `parameters` counts the UNet's
+    weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder.
     """
 
     def __init__(self, args, rows, processes, parameters, texts=0, width=768):
         self.args, self.rows, self.processes = args, rows, processes
-        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples of its step
+        self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples per step
         self.effective_batch = self.batch_per_process * processes
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
@@ -788,7 +780,7 @@ class Plan:
         return self.validates and step > 0 and (regular or step == self.max_steps)
 
     def positions(self, step, rank=0):
-        """Return the positions of the sample stream that process `rank` consumes when `step` steps are done."""
+        """Return the positions of the sample stream that process `rank` consumes in step `step`, from 0."""
         first = step * self.effective_batch + rank * self.batch_per_process
         return range(first, first + self.batch_per_process)
 
@@ -832,7 +824,7 @@ def size_on_disk(path):
 
 
 def compare_runs(saved, plan, now, data):
-    """Compare a checkpoint's run (`saved`, a `TrainerState`) with the one that goes on: its plan, arguments and data.
+    """Compare a checkpoint's run (`saved`, a `TrainerState`) with the one that resumes it: plan, arguments and data.
 
     `now` are the arguments with the seed and precision that were settled on; `data` is the data set's fingerprint.
     Returns two lists of strings: problems, where the stream of samples could not go on or the checkpoint lacks what is
@@ -861,7 +853,7 @@ def compare_runs(saved, plan, now, data):
 
 
 def compare_disk(plan, step):
-    """Compare what is still to be written when `step` steps are done with the disk's room: problems, and warnings.
+    """Compare what a run still writes after `step` with the free disk space. Return problems and warnings.
 
     The encodings, the export and two checkpoints, less what is there already, must fit. A warning says that not
     everything fits, or that all of it takes more than 100 GB.
@@ -870,7 +862,7 @@ def compare_disk(plan, step):
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))
     free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, leftovers(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
-    most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # a new one is whole before an old one goes
+    most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # old ones go after the new one is complete
     base = plan.export_bytes + (plan.encoded_missing if plan.encoded else 0)
     least, total = (base + count * plan.checkpoint_bytes for count in (min(saves, 1 if kept else 2), most))
     sizes = f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)}, an export of {gigabytes(plan.export_bytes)}"

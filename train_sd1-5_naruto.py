@@ -1,18 +1,17 @@
 """Fine-tune every weight of Stable Diffusion 1.5's UNet on pictures with captions.
 
-Read it from the top: `main` is the story; the loss, the sample stream and the loop follow, which are the training
-itself. What surrounds it comes after: progress and tracker, signals and errors, models, data, encoding, validation
-and saving.
+Read it from the top: first `main`, the outline, then the training itself: the loss, the sample stream, the loop. The
+rest supports these: progress and tracker, signals and errors, models, data, encoding, validation and saving.
 
-Two ideas carry the rest. First, a run is an endless stream of training samples, and *everything* random about
-sample p (which row, which caption, crop, flip, noise, timestep) is a pure function of the seed and p, for given rows
-and flags. Step t of effective batch B consumes positions tB to tB + B - 1. The stream therefore has no state but t:
-a resumed run goes on with the very next sample, and neither the number of loader workers nor the way B is split
-into micro-batches and processes changes what is trained. Second, half precision is for the networks' forward and
-backward only: noise, targets, losses, master weights, optimizer state and EMA are float32, unless --low_memory or
---use_8bit_adam says otherwise.
+Two ideas underlie the code. First, a run consumes an endless stream of training samples, and *everything* random
+about sample p (which row, which caption, crop, flip, noise, timestep) is a pure function of the seed and p, for given
+rows and flags. With effective batch size B, step t consumes positions tB to tB + B - 1. The only state of the stream
+is therefore t: a resumed run goes on with the very next sample, and neither the number of loader workers nor the way B
+is split into micro-batches and processes changes what is trained. Second, only the networks' forward and backward
+passes use half precision: noise, targets, losses, master weights, optimizer state and EMA are float32, unless
+--low_memory or --use_8bit_adam says otherwise.
 
-`step` always means an optimizer step; the pieces it is accumulated from are micro-batches. Pictures are float32
+`step` always means an optimizer step; its gradients are accumulated over micro-batches. Pictures are float32
 in [-1, 1], shape (batch, 3, resolution, resolution); latents are (batch, 4, resolution / 8, resolution / 8).
 """
 
@@ -22,7 +21,7 @@ import sd_config
 from sd_config import Plan, exit_on, stop_if
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the training there is nothing to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside the training there is nothing to save
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
 
@@ -54,7 +53,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
 from safetensors.torch import save
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -67,22 +65,24 @@ import infer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXPERIMENT_NAME = "SD1-5_火影忍者"
-OPTIMIZER = "optimizer.pt"  # the file of a checkpoint that holds AdamW's moments
-LOG_EVERY = 10  # steps between two readings of the metrics, when the host waits for the device
-DENOISING_STEPS = 20  # of a validation picture
-# What PyTorch's allocator, CUDA's driver, Triton, cuBLAS, cuDNN and a CPU say, each in its own words.
+OPTIMIZER = "optimizer.pt"  # the checkpoint file that holds AdamW's moments
+LOG_EVERY = 10  # steps between reads of the metrics, which make the host wait for the device
+DENOISING_STEPS = 20  # per validation picture
+# The out-of-memory messages of PyTorch's allocator, the CUDA driver, Triton, cuBLAS, cuDNN and CPU allocation.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
-LEAST_LOSS_SCALE = 2**-14  # of fp16; each step that overflows halves the scale, which starts at 2^16
+# The others wait while rank 0 downloads, validates and saves: the default of ten minutes may be too short.
+TIMEOUT = datetime.timedelta(hours=6)
+LEAST_LOSS_SCALE = 2**-14  # fp16 only; the scale starts at 2^16, and each overflow halves it
 
 
 def main(args):
-    """Train as `args` (of `sd_config.parse_args`) say, and export the result to `args.output_dir`."""
+    """Train as `args` (from `sd_config.parse_args`) specify, and export the result to `args.output_dir`."""
     infer.quiet_libraries()
     accelerator = create_accelerator(args)
     saved = sd_config.read_state(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     seed = choose_seed(args, saved, accelerator)
 
-    # What can be known without the weights is checked before they are loaded.
+    # All that can be checked without the weights is checked before loading them.
     noise_scheduler = load_noise_scheduler(args)
     tokenizer = load_tokenizer(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
@@ -94,7 +94,7 @@ def main(args):
 
     main_process = accelerator.is_main_process
     with sd_config.claimed_output(args, saved.step if saved else 0) if main_process else contextlib.nullcontext():
-        run = Run(plan, seed, rows, accelerator, noise_scheduler)
+        run = Run(plan, seed, rows, tokenizer, accelerator, noise_scheduler)
         if saved:
             restore(run, saved)
         run.tracker.start(run)
@@ -105,7 +105,7 @@ def main(args):
 
 
 def choose_seed(args, saved, accelerator):
-    """Return the run's seed: the one given, the checkpoint's, or one that rank 0 draws for all."""
+    """Return the run's seed: the one given, the checkpoint's, or one that rank 0 draws for all ranks."""
     if args.seed is not None or saved:
         return saved.seed if args.seed is None else args.seed
     seed = broadcast_object_list([secrets.randbits(32)])[0]
@@ -115,17 +115,14 @@ def choose_seed(args, saved, accelerator):
 
 def make_plan(args, rows, accelerator):
     """Return the `Plan`. The size of the base model's UNet is known from its configuration, without its weights."""
-
-    def load(*name, **kwargs):
-        return hollow_unet(UNet2DConditionModel.load_config(*name, **kwargs))
-
-    unet = load_base(load, args, subfolder="unet")
+    load = UNet2DConditionModel.load_config
+    unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
     return Plan(args, len(rows.kept), accelerator.num_processes, *sizes)
 
 
 def check_plan(plan, saved, seed, rows, accelerator):
-    """Print the plan with its warnings; exit with code 2 if the disk, or the run to be resumed, forbids it."""
+    """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs."""
     problems, warnings = sd_config.compare_disk(plan, saved.step if saved else 0)
     if saved:
         now = plain_args(plan.args, accelerator) | {"seed": seed}
@@ -137,7 +134,7 @@ def check_plan(plan, saved, seed, rows, accelerator):
         accelerator.print(f"warning: {warning}")
 
 
-# -- The loss, one function a formula ------------------------------------------------------------------------
+# -- The loss, one function per formula ----------------------------------------------------------------------
 
 # ε: noise, x_0: latents, ᾱ: alpha_bar, all float32, of shape (batch, 4, h, w) or broadcasting to it.
 
@@ -155,17 +152,17 @@ def diffusion_loss(
     dream_detail_preservation=None,
     snr_gamma=None,
 ):
-    """Return the mean loss of a micro-batch: shape (), float32, with its graph. The defaults are the plain loss.
+    """Return a micro-batch's mean loss: a differentiable float32 scalar. The defaults give the plain MSE loss.
 
     Args:
-        network (callable): the UNet, or what it is trained through.
+        network (callable): the UNet, or its training wrapper `Run.network`.
         latents (torch.Tensor): x_0, float32, of about unit variance, shape (batch, 4, h, w).
         encoder_hidden_states (torch.Tensor): the encoded captions, float32, shape (batch, 77, width).
-        draws (dict[str, torch.Tensor]): `timesteps`, shape (batch,), and noise, as `SampleStream.draw` makes it.
+        draws (dict[str, torch.Tensor]): `timesteps`, shape (batch,), and the noises of `SampleStream.draw`.
         alphas_cumprod (torch.Tensor): ᾱ of every timestep, float32, shape (timesteps,).
         prediction_type (str): what the network predicts, "epsilon" or "v_prediction".
-        noise_offset, input_perturbation (float): scales of additional noise, from 0.
-        dream_detail_preservation (float or None): p of `dream` (for epsilon only), which None leaves out.
+        noise_offset, input_perturbation (float): scales of additional noise; 0 is off.
+        dream_detail_preservation (float or None): p of `dream` (epsilon only); None turns it off.
         snr_gamma (float or None): γ of `min_snr_weight`; with None every sample counts the same.
     """
     timesteps = draws["timesteps"]
@@ -190,7 +187,7 @@ def diffusion_loss(
 
 
 def predict(network, noisy_latents, timesteps, encoder_hidden_states):
-    """Return the UNet's prediction in float32, whatever precision it computes in: shape of `noisy_latents`."""
+    """Return the UNet's prediction in float32, whatever its compute precision; shape as `noisy_latents`."""
     return network(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
 
 
@@ -228,7 +225,7 @@ def min_snr_weight(alpha_bar, gamma, prediction_type):
 
 
 def dream(noisy_latents, noise, estimate, alpha_bar, detail_preservation):
-    """Return input and target moved towards what the network will see when it samples from its own estimates.
+    """Return input and target, shifted to what the network meets when it samples from its own estimates.
 
     With λ = √(1 - ᾱ)^p and Δ = λ (ε - ε_θ): x_t + √(1 - ᾱ) Δ and ε + Δ. Zhou et al. 2023, "DREAM: Diffusion
     Rectification and Estimation-Adaptive Models", section 3 and equation 8.
@@ -245,59 +242,60 @@ class SampleStream(torch.utils.data.Dataset):
     """The endless stream of training samples, indexed by position: item p is a pure function of (seed, p).
 
     One generator per position draws, always in this order: caption choice, caption dropout, crop, flip (five numbers
-    at once), VAE posterior noise, timestep, diffusion noise, noise offset, input perturbation. Values that a run does
-    not use are drawn all the same (the optional ones last), so that switching one thing on changes nothing else.
+    at once), VAE posterior noise, timestep, diffusion noise, noise offset, input perturbation. All are drawn even if
+    unused, except input perturbation, which comes last: so switching one option on changes no other draw.
     """
 
     def __init__(self, rows, tokenizer, args, seed, latent_shape, num_train_timesteps):
         self.rows, self.tokenizer, self.args, self.seed = rows, tokenizer, args, seed
         self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
-        self.encoded = None  # Encoded, where pictures and captions are encoded only once
+        self.encoded = None  # an `Encoded`, if pictures and captions are encoded only once
 
     def __getitem__(self, position):
         """Return the sample at `position` (from 0) as a dictionary of tensors without a batch dimension."""
         args, drawn = self.args, self.draw(position)
         choice, dropout, top, left, flip = drawn.pop("choices").tolist()
         index, flipped = self.index(position), args.random_flip and flip < 0.5
-        captions = self.rows.captions[self.rows.kept[index]]
+        number = self.rows.kept[index]
+        captions = self.rows.captions[number]
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
         if self.encoded:
             return self.encoded.look_up(index, flipped, caption) | drawn
-        pixel_values = self.load_pixels(index, crop=None if args.center_crop else (top, left))
+        pixel_values = self.load_pixels(number, crop=None if args.center_crop else (top, left))
         if flipped:
             pixel_values = pixel_values.flip(-1)
         return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, [caption])[0], **drawn}
 
-    def draw(self, position):
-        """Return everything random about the sample at `position` but its row, as a dictionary of tensors."""
-        draws = keyed_generator(self.seed, "sample", position)
+    def draw(self, position, seed=None):
+        """Return everything random about the sample at `position`, except its row, as a dictionary of tensors."""
+        generator = keyed_generator(self.seed if seed is None else seed, "sample", position)
         drawn = {
-            "choices": torch.rand(5, generator=draws),
-            "posterior_noise": torch.randn(self.latent_shape, generator=draws),
-            "timesteps": torch.randint(self.num_train_timesteps, (), generator=draws),
-            "noise": torch.randn(self.latent_shape, generator=draws),
-            "noise_offset": torch.randn((self.latent_shape[0], 1, 1), generator=draws),
+            "choices": torch.rand(5, generator=generator),
+            "posterior_noise": torch.randn(self.latent_shape, generator=generator),
+            "timesteps": torch.randint(self.num_train_timesteps, (), generator=generator),
+            "noise": torch.randn(self.latent_shape, generator=generator),
+            "noise_offset": torch.randn((self.latent_shape[0], 1, 1), generator=generator),
         }
         if self.args.input_perturbation:
-            drawn["input_perturbation"] = torch.randn(self.latent_shape, generator=draws)
+            drawn["input_perturbation"] = torch.randn(self.latent_shape, generator=generator)
         return drawn
 
     def index(self, position):
-        """Return which of the rows trained on, counted from 0, the sample at `position` shows."""
+        """Return the index in `rows.kept` of the row that the sample at `position` shows."""
         epoch, index = divmod(position, len(self.rows.kept))
         return permutation(self.seed, epoch, len(self.rows.kept))[index]
 
-    def load_pixels(self, index, crop=None):
-        """Return the picture of a row trained on, as `to_pixels` makes it."""
-        args, number = self.args, self.rows.kept[index]
+    def load_pixels(self, number, crop=None):
+        """Return the picture of a row, given by its number in the data set, as `to_pixels` makes it."""
+        args = self.args
         try:
             image = self.rows.table[number][args.image_column]
             return to_pixels(image, args.resolution, args.image_interpolation_mode, crop)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            fault = f"{describe(self.rows.table, number, args)}: {type(error).__name__}: {error}"
-            remedy = "--skip_bad_rows trains on the others; to repair the file makes another data set"
+        except Exception as error:  # a decoder may raise anything on a broken file
+            fault = f"{name_row(self.rows.table, number, args)}: {type(error).__name__}: {error}"
+            remedy = "--skip_bad_rows trains without it; a repaired file makes it a new data set"
             raise BadRow(f"{fault} ({remedy})") from None
 
 
@@ -313,28 +311,28 @@ def keyed_seed(*key):
 
 @functools.lru_cache(maxsize=2)  # samples come in order of their epochs
 def permutation(seed, epoch, length):
-    """Return the order in which an epoch shows the rows, as a list; `epoch` may be any key."""
+    """Return the row order of an epoch, as a list of indices; `epoch` may be any key."""
     return torch.randperm(length, generator=keyed_generator(seed, "permutation", epoch)).tolist()
 
 
 # -- The loop ------------------------------------------------------------------------------------------------
 
-# `run` is a `Run`. Its `unet` holds the weights that are trained; its `network` is what they are trained through: the
-# UNet compiled, under autocast, and with gradients averaged over the processes, as flags and accelerate have it.
+# `run` is a `Run`: `run.unet` holds the weights being trained, and `run.network` is that UNet as the loss calls it,
+# wrapped as flags and accelerate require: compiled, under autocast, with gradients averaged over the processes.
 
 
 def train(run):
-    """Train from the step that the run has reached to its last, saving and validating when the plan says so."""
+    """Train from `run.step` to the last step, saving and validating when the plan says so."""
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
-    run.progress.start()
     if run.step == 0:
         measure(run, "val/loss_base")
         run.accelerator.wait_for_everyone()
     with Signals(run.accelerator) as signals:
         if run.plan.validates_after(run.step):
-            validate(run, signals, missing_only=True)  # a signal may have cut it short before the run was resumed
+            validate(run, signals, missing_only=True)  # a signal may have cut this validation short
         leave_if_asked(run, signals)
+        run.progress.start()
         for batch in create_loader(run):
             run.progress.add(train_step(run, batch))
             run.checkpoints.finish(wait=False)
@@ -353,7 +351,7 @@ def train(run):
 
 
 def leave_if_asked(run, signals):
-    """If a process of this run has received a signal, save, and exit with the code that shells give that signal."""
+    """If any process of the run has received a signal, save, and exit with 128 + its number, as shells do."""
     if number := signals.received_by_any():
         run.progress.flush()
         run.checkpoints.save(run)
@@ -362,7 +360,7 @@ def leave_if_asked(run, signals):
 
 
 def create_loader(run):
-    """Return a loader that yields, for each step still to be done, this process's share of its samples."""
+    """Return a loader that yields this process's share of the samples of each remaining step."""
     positions = functools.partial(run.plan.positions, rank=run.accelerator.process_index)
     return torch.utils.data.DataLoader(
         run.stream,
@@ -374,18 +372,17 @@ def create_loader(run):
 
 
 def train_step(run, batch):
-    """Do one optimizer step, without making the host wait (but for one number under fp16 and with 8-bit moments).
+    """Do one optimizer step. The host waits for the device only under fp16 or if the optimizer is not fused.
 
     `batch` holds this process's samples of the step, on the host. Of the metrics returned, loss and gradient norm are
     tensors on the device, shape ().
     """
-    while (loss := add_gradients(run, batch)) is None:  # memory ran out: again, with smaller micro-batches
+    while (loss := add_gradients(run, batch)) is None:  # out of memory: retry with smaller micro-batches
         run.optimizer.adamw.zero_grad()
         clear_device_cache(garbage_collection=True)
     gradient_norm = clip_gradients(run)
     run.consistent = False
-    if run.args.low_memory:
-        torch.manual_seed(keyed_seed(run.stream.seed, "rounding", run.step))  # the optimizer rounds at random
+    torch.manual_seed(keyed_seed(run.stream.seed, "rounding", run.step))  # for --low_memory's stochastic rounding
     metrics = {"loss": loss, "grad_norm": gradient_norm} | run.optimizer.step(run.step, loss, gradient_norm)
     if run.average and not metrics.get("skipped"):
         run.average.update(list(run.unet.parameters()))
@@ -393,22 +390,22 @@ def train_step(run, batch):
     run.consistent = True
     if (scale := run.optimizer.loss_scale) and scale < LEAST_LOSS_SCALE:
         last = describe_step(run, run.step, loss.item(), gradient_norm.item())
-        raise NotFinite(f"fp16 overflows even at a loss scale of {scale:.0e}, where bf16 would not; {last}")
+        raise NotFinite(f"fp16 overflows even at a loss scale of {scale:.0e} (try bf16); {last}")
     return metrics
 
 
 def add_gradients(run, batch):
     """Run forward and backward over a step's samples, a micro-batch at a time, so that their gradients add up.
 
-    Returns the mean loss, shape (); or None if memory ran out: then only part of the gradients was added, and the
-    micro-batches are smaller from now on.
+    Returns the mean loss, shape (); or None if memory ran out: the gradients are then incomplete, and later
+    micro-batches smaller.
     """
     accelerator, losses, size = run.accelerator, [], run.micro_batch_size
     starts = range(0, run.plan.batch_per_process, size)
-    accelerator.gradient_accumulation_steps = len(starts)  # by which accelerate divides each loss
+    accelerator.gradient_accumulation_steps = len(starts)  # accelerate divides each loss by it
     try:
         for first in starts:
-            # Processes add up their gradients in the last micro-batch only.
+            # Processes average their gradients in the last micro-batch only.
             with contextlib.nullcontext() if first == starts[-1] else accelerator.no_sync(run.network):
                 micro_batch = {
                     name: samples[first : first + size].to(accelerator.device, non_blocking=True)
@@ -421,7 +418,7 @@ def add_gradients(run, batch):
     except RuntimeError as error:
         if run.args.micro_batch_size != "auto" or size == 1 or not OUT_OF_MEMORY.search(str(error)):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold the activations
+        traceback.clear_frames(error.__traceback__)  # the frames hold the activations
     run.micro_batch_size = next(n for n in range(size // 2, 0, -1) if run.plan.batch_per_process % n == 0)
     accelerator.print(f"\nnote: out of memory; micro-batches of {run.micro_batch_size} instead of {size} from here on")
     return None
@@ -438,7 +435,7 @@ def clip_gradients(run):
     parameters, limit = list(run.unet.parameters()), run.args.max_grad_norm
     if not run.args.low_memory:
         return run.accelerator.clip_grad_norm_(parameters, limit)
-    # These gradients are bf16, in which a sum over all of them would be lost to rounding.
+    # Sum in float32: the gradients are bf16, whose rounding would lose most of a long sum.
     norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -448,17 +445,16 @@ def clip_gradients(run):
 class Optimizer:
     """AdamW, with a learning rate that is a function of the step, and a guard that keeps NaN out of the weights.
 
-    Once a loss or a gradient was not finite, no step changes the weights any more (fp16's scaler skips such a step, and
-    goes on). The device itself sees to that, so that the host need not wait: `Progress` ends the run when it reads the
-    metrics.
+    After a loss or gradient that is not finite, no step changes the weights (fp16's scaler skips only that step).
+    The device checks this, without the host waiting; `Progress` ends the run when it reads the metrics.
     """
 
     def __init__(self, args, plan, unet, accelerator):
         adamw = create_adamw(args, plan, unet)
-        schedule = get_scheduler(  # only for its function from a step to the factor of its rate
+        schedule = get_scheduler(  # only for its function: step -> factor of the rate
             args.lr_scheduler, adamw, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
         )
-        self.accelerator, self.peak_rate, self.factor = accelerator, plan.learning_rate, schedule.lr_lambdas[0]
+        self.accelerator, self.peak_rate, self.rate_factor = accelerator, plan.learning_rate, schedule.lr_lambdas[0]
         self.fused = adamw.defaults.get("fused")
         self.nonfinite = torch.zeros((), device=accelerator.device)  # 1 once something was not finite
         if self.fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
@@ -468,7 +464,7 @@ class Optimizer:
 
     def step(self, step, loss, gradient_norm):
         """Update the weights with the rate of `step` (from 0), if all was finite so far; return metrics to log."""
-        scaler, rate = self.accelerator.scaler, self.peak_rate * self.factor(step)
+        scaler, rate = self.accelerator.scaler, self.peak_rate * self.rate_factor(step)
         for group in self.adamw.param_groups:
             if torch.is_tensor(group["lr"]):  # torchao's compiled step reads the rate from a tensor
                 group["lr"].fill_(rate)
@@ -482,57 +478,57 @@ class Optimizer:
         self.adamw.zero_grad()
         if scaler is None:
             return {"lr": rate}
-        # A step that overflowed lowers the scale. The fused optimizer skips it without telling accelerate.
+        # A lower scale means that the step was skipped, which the fused optimizer does not tell accelerate.
         before, self.loss_scale = self.loss_scale, scaler.get_scale()
         return {"lr": rate, "skipped": float(self.loss_scale < before)}
 
 
 class Average:
-    """The moving average (EMA) of the weights, float32: on the device, or on the host, where a thread updates it.
+    """The exponential moving average (EMA) of the weights, float32: on the device, or on the host, in a thread.
 
-    In place of `EMAModel.step`, which takes two passes over memory, and as much of it again as the average itself.
+    The decay of update n is min(0.9999, n / (9 + n)), as in diffusers' `EMAModel`, which passes over memory twice and
+    needs extra memory of the average's own size. The first update has decay 0: the average becomes the weights.
     """
 
     def __init__(self, unet, device, on_host):
-        self.ema, self.on_host = EMAModel(unet.parameters(), foreach=not on_host), on_host
-        if not on_host:
-            self.ema.to(device)
+        self.on_host, self.updates = on_host, 0
+        self.weights = [weight.detach().to("cpu" if on_host else device, copy=True) for weight in unet.parameters()]
         self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
 
     @torch.no_grad()
     def update(self, weights):
-        """Move the average towards the weights, a list of tensors on the device."""
-        self.ema.optimization_step += 1
-        decay = self.ema.get_decay(self.ema.optimization_step)
+        """Move the average towards the weights, a list of tensors on the run's device."""
+        self.updates += 1
+        decay = min(0.9999, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
         if not self.on_host:
-            get_ema_multi_avg_fn(decay)(self.ema.shadow_params, weights, None)
+            get_ema_multi_avg_fn(decay)(self.weights, weights, None)
             return
-        copies, arrived = copied_to_host(dict(enumerate(weights))).values(), None
+        copies, arrived = [copied_to_host(weight) for weight in weights], None
         if weights[0].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending = self.executor.submit(self.update_on_host, self.settled(), copies, 1 - decay, arrived)
+        self.pending = self.executor.submit(self.update_on_host, self.settled_weights(), copies, 1 - decay, arrived)
 
-    @torch.no_grad()  # which holds for one thread only
-    def update_on_host(self, averages, weights, weight, arrived):
-        """Move the averages towards copies of the weights, once these have `arrived` from the device."""
+    @torch.no_grad()  # that of `update` does not hold in another thread
+    def update_on_host(self, averages, weights, move, arrived):
+        """Move the averages towards copies of the weights by the fraction `move`, once the copies have `arrived`."""
         if arrived:
             arrived.synchronize()
-        for average, copied in zip(averages, weights, strict=True):
-            average.lerp_(copied.float(), weight)
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight.float(), move)
 
-    def settled(self):
+    def settled_weights(self):
         """Return the averaged weights as a list, once the thread is done with them."""
         if self.pending:
             self.pending.result()
-        return self.ema.shadow_params
+        return self.weights
 
     def by_name(self, unet):
         """Return the averaged weights by the names that `unet` gives them."""
-        return dict(zip(dict(unet.named_parameters()), self.settled(), strict=True))
+        return dict(zip(dict(unet.named_parameters()), self.settled_weights(), strict=True))
 
 
-# -- What a run tells: progress and tracker ------------------------------------------------------------------
+# -- What a run reports: progress and tracker ----------------------------------------------------------------
 
 
 class Progress:
@@ -549,7 +545,7 @@ class Progress:
         self.restart_clock()
 
     def restart_clock(self):
-        """Leave out of images/s whatever happened since the last reading."""
+        """Restart the images/s clock, leaving out the time since the last read."""
         self.clock = time.perf_counter()
 
     def add(self, metrics):
@@ -571,70 +567,68 @@ class Progress:
             read["epoch"] = step / run.plan.steps_per_epoch
             run.tracker.log({f"train/{name}": value for name, value in read.items()}, step)
             if not math.isfinite(loss + grad_norm) and not metrics.get("skipped"):
-                run.consistent = False  # the average has gone on without the weights
+                run.consistent = False  # the EMA was updated, but not the weights
                 raise NotFinite(describe_step(run, step, loss, grad_norm))
         self.loss = loss
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {metrics['lr']:.2e}, {images_per_sec:.1f} images/s")
 
     def close(self):
-        """Take the bar off, and say how much memory a GPU had to have."""
+        """Close the bar, and print the peak memory of the GPU."""
         self.bar.close()
         if self.run.accelerator.device.type == "cuda":
             self.run.accelerator.print(f"Peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 def describe_step(run, step, loss, grad_norm):
-    """Say what was not finite in a step that the weights did not take, and which samples it saw."""
+    """Describe a step that was not finite and so changed no weights: its loss, norm and samples."""
     size, stream = run.plan.effective_batch, run.stream
     positions = range((step - 1) * size, (step - 1) * size + min(size, 64))
     seen = [f"{stream.rows.kept[stream.index(p)]} ({int(stream.draw(p)['timesteps'])})" for p in positions]
     return (
-        f"step {step}: loss {loss}, gradient norm {grad_norm}. The weights did not take it; nothing was saved since.\n"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. It changed no weights.\n"
         f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"
-        "A run that goes on meets the same samples again: give it another setting, such as a smaller --learning_rate."
+        "A resumed run meets the same samples again: change a setting, for example to a smaller --learning_rate."
     )
 
 
 class Tracker:
-    """The tracker that --report_to names. Its first failure is a warning, and none stops the training."""
+    """The tracker that --report_to names. Failures never stop the training; only the first gives a warning."""
 
     def __init__(self, accelerator, args):
         self.accelerator, self.name, self.failed = accelerator, args.report_to, False
 
     def start(self, run):
-        """Start it, with all arguments as its configuration, if there is a step to log."""
-        args, folder = run.args, self.accelerator.logging_dir
-        options = {"wandb": {"dir": folder, "name": EXPERIMENT_NAME}}
+        """Start the tracker, with all flags as its configuration, unless no step is left."""
+        folder = self.accelerator.logging_dir
         if self.name == "none" or run.step == run.plan.max_steps:
             return
         os.makedirs(folder, exist_ok=True)
+        options = {"name": EXPERIMENT_NAME, "dir": folder} if self.name == "wandb" else {}
         if self.name == "swanlab":
             import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
 
-            options["swanlab"] = {"name": swanlab.Settings().experiment.name or EXPERIMENT_NAME}
-            if not {"SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"} & os.environ.keys():
-                options["swanlab"]["log_dir"] = folder
+            place = os.environ.get("SWANLAB_LOG_DIR") or os.environ.get("SWANLAB_LOGDIR") or folder
+            options = {"name": swanlab.Settings().experiment.name or EXPERIMENT_NAME, "log_dir": place}
         plain = (bool, int, float, str)  # all that TensorBoard takes
-        config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
-        config["seed"] = run.stream.seed
-        start = functools.partial(self.accelerator.init_trackers, args.tracker_project_name, config)
+        config = plain_args(run.args, self.accelerator) | {"seed": run.stream.seed}
+        config = {name: value if isinstance(value, plain) else str(value) for name, value in config.items()}
+        start = functools.partial(self.accelerator.init_trackers, run.args.tracker_project_name, config)
         try:
-            start(options)
-        except Exception as error:  # no key and no terminal to ask on, a key that is refused, a server out of reach
+            start({self.name: options})
+        except Exception as error:  # for example no key and no terminal, a refused key, no network
             print(f"warning: {self.name} cannot start: {error}")
-            self.accelerator.trackers.clear()  # accelerate lists it all the same
+            self.accelerator.trackers.clear()  # accelerate has listed it already
             if self.name == "swanlab":
-                place = options["swanlab"].get("log_dir", os.environ.get("SWANLAB_LOG_DIR"))
                 print(f"Offline run in {place}: upload it with swanlab sync.")
-                self.attempt(start, {"swanlab": options["swanlab"] | {"mode": "offline", "reinit": True}})
+                self.attempt(start, {"swanlab": options | {"mode": "offline", "reinit": True}})
 
     def attempt(self, send, *args, **kwargs):
-        """Call something of the tracker's, and warn if it fails for the first time."""
+        """Call `send` of the tracker; warn of its first failure only."""
         try:
             send(*args, **kwargs)
         except Exception as error:
             if not self.failed:
-                print(f"warning: {self.name} failed; training goes on without what it misses: {error!r}")
+                print(f"warning: {self.name} failed; training goes on, and what it missed is lost: {error!r}")
             self.failed = True
 
     def log(self, values, step):
@@ -652,7 +646,7 @@ class Tracker:
                 tracker.log({"validation": pictures}, step=step)
 
     def finish(self, code, step):
-        """Close the tracker's run; SwanLab is told how it ended, by the process's exit code."""
+        """Close the tracker's run; SwanLab also learns from the exit code how it ended."""
         for tracker in self.accelerator.trackers:
             if code and tracker.name == "swanlab" and self.accelerator.is_main_process:
                 state, reason = "aborted" if code > 128 else "crashed", f"stopped at step {step}, exit code {code}"
@@ -665,28 +659,28 @@ class Tracker:
 
 
 class Signals:
-    """Takes note of the first SIGTERM or SIGINT while it is entered. A second one ends the process at once.
+    """While entered, notes the first SIGTERM or SIGINT. A later second one ends the process at once.
 
-    Within a second, another signal counts as the same: a launcher passes on what its processes may have got as well.
+    Signals less than a second apart count as one: a launcher passes on what its processes may have got as well.
     """
 
     def __init__(self, accelerator):
         self.number = 0
-        # The processes agree through their hosts' memory: the device is not asked, so nobody waits for it.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        # The processes agree over gloo, on the CPU: over the device, every step would have to wait for it.
+        self.group = torch.distributed.new_group(None, TIMEOUT, "gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, error, *_details):
-        # After an error or a first signal the handlers stay: the last save must survive another signal.
+        # After an error or a signal the handlers stay: the last save must survive a new or forwarded one.
         if not (error or self.number):
             for number, handler in self.handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def note(self, number, _frame):
-        """Remember the first signal; exit at a second one, with the code that shells give it."""
+        """Remember the first signal; at a second one, exit with 128 + its number, as shells do."""
         if not self.number:
             self.number, self.noted = number, time.monotonic()
             # Not print: the signal may have come while something was being printed.
@@ -705,7 +699,7 @@ class Signals:
 
 
 def ignore_signals(_worker):
-    """Have a loader's worker outlive a signal: the training process still needs it, to finish its step."""
+    """Make a loader worker ignore signals: the training process still needs it to finish the step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -722,23 +716,23 @@ class NotFinite(sd_config.ReportedError):
 
 @contextlib.contextmanager
 def rescued(run):
-    """Whatever ends the run: save what was trained, close the tracker, and leave with a message and an exit code."""
-    code, accelerator, others_wait = 0, run.accelerator, False
+    """However the run ends: rescue what can be saved, close the tracker, and exit with a message and a code."""
+    code, accelerator, failed_alone = 0, run.accelerator, False
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:  # after a signal: all processes come here at the same step
         code = getattr(end, "code", 130)
     except Exception as error:
-        code = getattr(error, "code", 1)
-        others_wait = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
+        code = error.code if isinstance(error, sd_config.ReportedError) else 1
+        failed_alone = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
         explain(error, accelerator)
-        traceback.clear_frames(error.__traceback__)  # if memory has run out, they hold what fills it
+        traceback.clear_frames(error.__traceback__)  # after out of memory, the frames hold what fills it
         rescue(run, error)
-    if code and (others_wait or accelerator.is_main_process):
+    if code and (failed_alone or accelerator.is_main_process):
         known = [path for path in sd_config.checkpoints(run.args.output_dir) if sd_config.step_of(path) <= run.step]
         last = f"{known[-1]}: add --resume_from_checkpoint latest to go on from there" if known else "none"
         print(f"Stopped at step {run.step}. Last checkpoint: {last}", file=sys.stderr)
-    if others_wait:  # for this process, and for ever; once it has ended, the launcher ends them
+    if failed_alone:  # the others wait for ever, in a collective call; once this process exits, the launcher ends them
         sys.stdout.flush()
         os._exit(code)
     run.tracker.finish(code, run.step)
@@ -755,7 +749,7 @@ def rescue(run, error):
         if run.accelerator.num_processes > 1:
             return
         run.progress.flush()
-        # What cannot be written for want of room would not fit a second time either.
+        # After a failed write, another would fail as well: the disk is no emptier.
         if run.consistent and run.step and not isinstance(error, sd_config.WriteError):
             run.checkpoints.save(run)
             run.checkpoints.finish()
@@ -782,8 +776,7 @@ def create_accelerator(args):
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            # The others wait while the first downloads, validates and saves: the usual ten minutes may be too few.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
     except (ValueError, ImportError) as error:  # a precision that the device lacks, an incomplete launch
         stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
@@ -797,7 +790,7 @@ def create_accelerator(args):
         problems.append(f"WORLD_SIZE {launched}: accelerate sees {seen} process(es); {remedy}")
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism")
+        problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism is supported")
     stop_if(problems)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -805,23 +798,23 @@ def create_accelerator(args):
 
 
 class Run:
-    """What a run consists of, and how far it has come."""
+    """The parts of a run, and the step that it has reached."""
 
-    def __init__(self, plan, seed, rows, accelerator, noise_scheduler):
+    def __init__(self, plan, seed, rows, tokenizer, accelerator, noise_scheduler):
         """Load the models, encode what is to be encoded only once, and build the optimizer."""
         args = plan.args
         accelerator.print(f"Loading {args.resume_from_checkpoint or args.pretrained_model_name_or_path}")
         pipeline, ema_unet = load_models(args)
         if accelerator.mixed_precision != "no":
-            for unet in (pipeline.unet, ema_unet):  # tensor cores take the channels of a convolution last
+            for unet in (pipeline.unet, ema_unet):  # tensor cores prefer channels-last convolutions
                 unet.to(memory_format=torch.channels_last)
-        self.plan, self.accelerator = plan, accelerator
+        self.plan, self.args, self.accelerator = plan, args, accelerator
         self.step = 0  # steps done
-        self.consistent = True  # weights, moments, average and step number belong together, and may be saved
+        self.consistent = True  # weights, moments, average and step number agree, so they may be saved
         self.frozen = Frozen(pipeline, accelerator)
         side, timesteps = args.resolution // pipeline.vae_scale_factor, len(noise_scheduler.alphas_cumprod)
         latent_shape = pipeline.vae.config.latent_channels, side, side
-        self.stream = SampleStream(rows, self.frozen.tokenizer, args, seed, latent_shape, timesteps)
+        self.stream = SampleStream(rows, tokenizer, args, seed, latent_shape, timesteps)
         measures = rows.held_out and accelerator.is_main_process
         self.held_out = encode_held_out(self.stream, self.frozen) if measures else None
         if plan.encoded:
@@ -845,14 +838,9 @@ class Run:
         self.tracker = Tracker(accelerator, args)
         self.progress = Progress(self)
 
-    @property
-    def args(self):
-        """The flags (argparse.Namespace)."""
-        return self.plan.args
-
 
 class Frozen:
-    """The base model: the pipeline as it was loaded, to be exported, and copies of the parts that encode."""
+    """The base model's pipeline (its UNet is the one trained), to be exported, and copies of its encoders."""
 
     def __init__(self, pipeline, accelerator):
         self.pipeline = pipeline
@@ -861,7 +849,6 @@ class Frozen:
             copy.deepcopy(part).requires_grad_(False).eval().to(accelerator.device, dtype)
             for part in (pipeline.vae, pipeline.text_encoder)
         )
-        self.tokenizer = copy.deepcopy(pipeline.tokenizer)  # using one changes the settings that it would save
 
     def move(self, device):
         """Move the copies to a device."""
@@ -869,8 +856,8 @@ class Frozen:
         self.text_encoder.to(device)
 
     def encode(self, micro_batch):
-        """Return latents and hidden states, as `diffusion_loss` takes them, from pictures and captions or encodings."""
-        if "moments" in micro_batch:  # encoded once for all
+        """Return latents and hidden states, as `diffusion_loss` takes them, from raw or encoded samples."""
+        if "moments" in micro_batch:  # encoded in advance
             moments, encoder_hidden_states = micro_batch["moments"], micro_batch["encoder_hidden_states"]
         else:
             moments = self.encode_pictures(micro_batch["pixel_values"])
@@ -886,18 +873,18 @@ class Frozen:
 
     @torch.no_grad()
     def encode_captions(self, input_ids):
-        """Return what the UNet attends to, one vector for each token: float32, shape (batch, 77, width)."""
+        """Return the text encoder's hidden states, one per token: float32, shape (batch, 77, width)."""
         return self.text_encoder(input_ids.to(self.text_encoder.device))[0].float()
 
 
 def load_base(loader, args, **kwargs):
-    """Load something of the base model, or all of it, with the revision and cache that `args` name."""
+    """Load the base model, or a part of it, with the revision and cache that `args` name."""
     kwargs = {"revision": args.revision, "cache_dir": args.cache_dir} | kwargs
     return infer.load(loader, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, **kwargs)
 
 
 def load_tokenizer(args):
-    """Return the base model's tokenizer. Without its files it would load all the same, and know no words."""
+    """Return the base model's tokenizer. If files are missing, it loads nevertheless, with no vocabulary."""
     tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
     if len(tokenizer) < 256 or tokenizer.model_max_length > 10**6:
         name = args.pretrained_model_name_or_path
@@ -918,7 +905,7 @@ def load_noise_scheduler(args):
 
 
 def load_models(args):
-    """Return the base pipeline with the UNet to train, in float32, and the UNet that starts the EMA."""
+    """Return the base pipeline with the UNet to train, in float32, and the UNet that the EMA starts from."""
     checkpoint, parts, load = args.resume_from_checkpoint, {}, UNet2DConditionModel.from_pretrained
     if checkpoint:
         parts["unet"] = infer.load(load, "--resume_from_checkpoint", checkpoint, subfolder="unet")
@@ -929,17 +916,17 @@ def load_models(args):
     infer.restore_precision(pipeline, "--pretrained_model_name_or_path", args.variant)
     if checkpoint and args.use_ema:
         return pipeline, infer.load(load, "--resume_from_checkpoint", checkpoint, subfolder="unet_ema")
-    return pipeline, pipeline.unet  # the first update sets the average to the weights, whatever it holds
+    return pipeline, pipeline.unet  # any UNet would do: the first update overwrites the average
 
 
 def hollow_unet(config):
-    """Return a UNet without the memory for its weights."""
+    """Return a UNet on the meta device, without weights."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
 
 
 def unet_with(tensors, config):
-    """Return a UNet whose weights are `tensors` themselves, by their names."""
+    """Return a UNet with `tensors`, a dictionary, as its weights, not copied."""
     unet = hollow_unet(config)
     unet.load_state_dict(tensors, assign=True)
     return unet
@@ -957,7 +944,7 @@ def prepare_unet(unet, args, accelerator):
             stop_if([f"--enable_xformers_memory_efficient_attention: {error}"])
     if args.low_memory:
         for parameter in unet.parameters():
-            # torchao keeps 8-bit moments of such tensors only; those of others have the precision of the weights.
+            # Only these get 8-bit moments from torchao. Others' moments take the weights' dtype, so it stays float32.
             if parameter.numel() >= 4096 and parameter.numel() % 256 == 0:
                 parameter.data = parameter.data.bfloat16()
     return unet.to(accelerator.device)
@@ -971,24 +958,24 @@ def create_adamw(args, plan, unet):
         from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
 
         return AdamW8bit(unet.parameters(), **settings, bf16_stochastic_round=args.low_memory)
-    # Fused only where it is known to heed `found_inf`, on which the guard against NaN rests: mps, for one, does not.
+    # Fused only where that is known to heed `found_inf`, which the NaN guard needs: on mps, for one, it is not.
     return torch.optim.AdamW(unet.parameters(), fused=unet.device.type in ("cpu", "cuda"), **settings)
 
 
 def restore(run, saved):
-    """Bring the run to where a checkpoint was saved. Its UNets are there: they were loaded with the models."""
+    """Restore the state of a checkpoint, except its UNets: these were loaded with the other models."""
     folder, adamw, scaler = run.args.resume_from_checkpoint, run.optimizer.adamw, run.accelerator.scaler
     # Only the moments: flags such as --adam_weight_decay are this run's own.
     kwargs = {"map_location": "cpu", "weights_only": True}
     moments = infer.load(torch.load, "--resume_from_checkpoint", folder / OPTIMIZER, **kwargs)
     for weight, state in zip(run.unet.parameters(), moments.values(), strict=True):
-        for name, moment in state.items():  # another precision may have saved them in another order in memory
+        for name, moment in state.items():  # saved with another memory format, if the precision was another
             if type(moment) is torch.Tensor and moment.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=moment.dtype, device="cpu").copy_(moment)
     adamw.load_state_dict(adamw.state_dict() | {"state": moments})
     if run.average:
-        run.average.ema.optimization_step = saved.ema_step
-    if scaler and saved.scaler:
+        run.average.updates = saved.ema_step
+    if scaler and saved.scaler and saved.scaler["scale"] >= LEAST_LOSS_SCALE:
         scaler.load_state_dict(saved.scaler)
     if run.args.micro_batch_size == "auto" and run.plan.batch_per_process % saved.micro_batch_size == 0:
         run.micro_batch_size = saved.micro_batch_size
@@ -997,7 +984,7 @@ def restore(run, saved):
 
 
 def clear_output(run):
-    """Delete what a killed run left half written, and the run that --overwrite_output_dir gives up (not its logs)."""
+    """Delete what a killed run left half written and, with --overwrite_output_dir, the old run (not its logs)."""
     if run.accelerator.is_main_process:
         for path in sd_config.leftovers(run.args):
             shutil.rmtree(path, ignore_errors=path.name[0] == ".") if path.is_dir() else path.unlink()
@@ -1015,7 +1002,7 @@ class Rows:
     fingerprint: str  # of every caption and picture file, in their order
     bad: dict  # number of a row left out by --skip_bad_rows -> what is wrong with it
     kept: list  # numbers of the rows trained on
-    held_out: list  # numbers of those kept out of training, to measure the loss on
+    held_out: list  # numbers of the held-out rows, on which validation measures the loss
     captions: list  # of all rows: the captions of each, as a list
 
     @functools.cached_property
@@ -1025,9 +1012,9 @@ class Rows:
 
 
 def load_rows(args, tokenizer, seed, accelerator):
-    """Return the `Rows` to train on; exit with code 2 if anything of them is missing or not usable.
+    """Return the `Rows` to train on; exit with code 2 if anything is missing or unusable.
 
-    Whether a picture can be decoded is found out here only with --skip_bad_rows.
+    Pictures are decoded here only with --skip_bad_rows.
     """
     accelerator.print(f"Reading {args.dataset_name or args.train_data_dir}")
     with accelerator.local_main_process_first():
@@ -1039,13 +1026,13 @@ def load_rows(args, tokenizer, seed, accelerator):
     on_main = [read_pictures(table, args) if accelerator.is_main_process else None]
     fingerprint, bad = broadcast_object_list(on_main)[0]
     if bad and not args.skip_bad_rows:
-        faults = [f"{describe(table, number, args)}: {fault}" for number, fault in bad.items()]
+        faults = [f"{name_row(table, number, args)}: {fault}" for number, fault in bad.items()]
         stop_if([*faults[:10], f"{len(bad)} row(s) without a readable picture; --skip_bad_rows trains on the others"])
     for number in bad:
-        accelerator.print(f"note: left out {describe(table, number, args)}: {bad[number]}")
+        accelerator.print(f"note: left out {name_row(table, number, args)}: {bad[number]}")
     limit = args.max_train_samples
     numbers = range(len(table)) if limit is None or limit >= len(table) else permutation(seed, "subset", len(table))
-    # The same rows in every run on a data set, whatever its seed.
+    # Held-out rows depend on the data set only, not on the seed.
     held_out = [number for number in permutation("held out", 0, len(table)) if number not in bad]
     held_out = held_out[: args.validation_samples]
     left_out = {*bad, *held_out}
@@ -1054,7 +1041,7 @@ def load_rows(args, tokenizer, seed, accelerator):
         flag = f"--validation_samples {args.validation_samples}" if held_out else "--skip_bad_rows"
         stop_if([f"{flag}: of {len(table)} rows, {len(bad)} of them bad, none is left to train on"])
     if limit is not None and limit > len(kept):
-        accelerator.print(f"note: --max_train_samples {limit}: there are {len(kept)} to train on, all used")
+        accelerator.print(f"note: --max_train_samples {limit}: only {len(kept)} are available, and all are used")
     return Rows(table, fingerprint, bad, kept, held_out, captions)
 
 
@@ -1071,7 +1058,7 @@ def read_dataset(args):
             table = datasets.Dataset.load_from_disk(os.path.join(name, "train") if splits else name)
         else:
             table = datasets.load_dataset(name, args.dataset_config_name, data_dir=args.train_data_dir, **options)
-    except Exception as error:  # the library raises many kinds for what is wrong with a file
+    except Exception as error:  # the library raises many types of error
         stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {error}"])
     stop_if([f"{flag}: its train split is empty"] if len(table) == 0 else [])
     return table
@@ -1123,7 +1110,7 @@ def read_pictures(table, args):
         picture = row[args.image_column] or {}
         path, content = picture.get("path"), picture.get("bytes")
         try:
-            if path and content is None:  # a picture on the web is represented by its address
+            if path and content is None:  # for a picture on the web, its URL is hashed
                 content = path.encode() if "://" in path else Path(path).read_bytes()
             if not content:
                 bad[number] = "the picture is empty"
@@ -1139,7 +1126,7 @@ def read_pictures(table, args):
             try:
                 to_rgb(table[numbers[0]][args.image_column])
                 return [""]
-            except Exception as error:  # whatever a broken file makes a decoder raise
+            except Exception as error:  # a decoder may raise anything on a broken file
                 return [f"{type(error).__name__}: {error}"]
 
         with exit_on(OSError):
@@ -1149,7 +1136,7 @@ def read_pictures(table, args):
 
 
 def map_once(function, count, batch_size, file, description):
-    """Return a data set whose column `values` holds what `function` makes of the numbers below `count`.
+    """Return a data set whose column `values` holds the results of `function` for 0 to `count` - 1.
 
     It is computed once and kept in `file`, which is written under another name, and renamed when whole. `function` maps
     a list of `batch_size` numbers to a list of values or an array of rows.
@@ -1171,8 +1158,8 @@ def map_once(function, count, batch_size, file, description):
     )
 
 
-def describe(table, number, args):
-    """Name a row for people: its number and, where it has one, its file."""
+def name_row(table, number, args):
+    """Return a row's name for messages: its number and, if any, its file."""
     files = table.cast_column(args.image_column, datasets.Image(decode=False))
     path = (files[number][args.image_column] or {}).get("path")
     return f"row {number}" + (f" ({path})" if path else "")
@@ -1181,8 +1168,8 @@ def describe(table, number, args):
 def to_pixels(image, resolution, interpolation, crop=None):
     """Return a picture as a square float32 tensor in [-1, 1], shape (3, resolution, resolution).
 
-    The shorter side is resized to `resolution`, with the filter that PIL calls `interpolation`. `crop` says what is
-    kept of the longer one, as fractions in [0, 1) of the room at the top and at the left; None keeps the centre.
+    The shorter side is resized to `resolution`, with PIL's filter `interpolation`. `crop` places the square along the
+    longer one: fractions in [0, 1) of the free space above it and to its left; None centres it.
     """
     image = TF.resize(to_rgb(image), resolution, InterpolationMode(interpolation))
     if crop is None:
@@ -1200,7 +1187,7 @@ def to_rgb(image):
     Raises:
         ValueError: if it is too narrow, or its values have no agreed meaning in RGB: floating point, LAB, 32 bits.
     """
-    if max(image.size) > 100 * min(image.size):  # with its shorter side at the resolution, it would fill the memory
+    if max(image.size) > 100 * min(image.size):  # once resized to the resolution, it would fill the memory
         raise ValueError(f"{image.width}x{image.height} is too narrow")
     if image.mode in ("F", "LAB"):
         raise ValueError(f"pictures of mode {image.mode} cannot be trained on; convert them to RGB")
@@ -1220,9 +1207,9 @@ def to_rgb(image):
 
 
 class Encoded:
-    """What the frozen models make of every picture and caption, in files that are mapped into memory.
+    """The frozen models' encodings of every picture and caption, in memory-mapped files.
 
-    They are made now, or were by an earlier run: the name of their folder is a hash of all that they depend on.
+    Those of an earlier run are reused: the name of their folder is a hash of all that they depend on.
     """
 
     def __init__(self, stream, plan, frozen, accelerator):
@@ -1234,8 +1221,8 @@ class Encoded:
         key = (rows.fingerprint, rows.kept, transform, ids.tolist(), models)
         folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
-        def encode_views(indices):  # mirrored before they are encoded: latents of a mirrored picture are not mirrored
-            pictures = [stream.load_pixels(index) for index in indices]
+        def encode_views(indices):  # mirrors pictures, not latents: encoding does not commute with mirroring
+            pictures = [stream.load_pixels(rows.kept[index]) for index in indices]
             views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
             return frozen.encode_pictures(torch.stack(views)).flatten(1).cpu().numpy()
 
@@ -1251,7 +1238,7 @@ class Encoded:
                     accelerator.print(f"Encoded pictures and captions: found in {folder}")
                 pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
                 captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
-        self.pictures = pictures.with_format("torch")  # of each row its picture, then with --random_flip mirrored
+        self.pictures = pictures.with_format("torch")  # per row: its picture and, with --random_flip, the mirror image
         self.captions = captions.with_format("torch")  # in the order of Rows.texts
 
     def look_up(self, index, flipped, caption):
@@ -1267,21 +1254,20 @@ class Encoded:
 def encode_held_out(stream, frozen):
     """Return the samples of --validation_samples as a batch on the host: moments, hidden states, noise, timesteps.
 
-    They depend only on the data set and on how many they are. Row i of n has timestep (i + 1/2) T / n, rounded down:
-    the loss depends so much on the timestep that random ones would be most of what is measured.
+    They depend on the data set and their number only. Row i of n has timestep (i + 1/2) T / n, rounded down: random
+    timesteps would dominate the measurement, as the loss depends so much on them.
     """
-    rows, samples, held = stream.rows, [], copy.copy(stream)
-    held.rows, held.seed = dataclasses.replace(rows, kept=rows.held_out), "held out"
+    rows, samples = stream.rows, []
     for index, number in enumerate(tqdm(rows.held_out, desc="Encoding the rows kept out of training")):
         with exit_on(BadRow):
-            pixel_values = held.load_pixels(index)
+            pixel_values = stream.load_pixels(number)
         input_ids = tokenize(stream.tokenizer, rows.captions[number][:1])
         timestep = (2 * index + 1) * stream.num_train_timesteps // (2 * len(rows.held_out))
         encoded = {
             "moments": frozen.encode_pictures(pixel_values[None])[0].cpu(),
             "encoder_hidden_states": frozen.encode_captions(input_ids)[0].cpu(),
         }
-        samples.append(held.draw(index) | {"timesteps": torch.tensor(timestep)} | encoded)
+        samples.append(stream.draw(index, "held out") | {"timesteps": torch.tensor(timestep)} | encoded)
     return torch.utils.data.default_collate(samples)
 
 
@@ -1292,7 +1278,7 @@ def measure(run, name):
         return
     plain = {option: run.loss_options[option] for option in ("alphas_cumprod", "prediction_type")}
     device, losses = run.accelerator.device, []
-    for index in range(len(run.stream.rows.held_out)):  # one at a time fits always, and rounds always the same
+    for index in range(len(run.stream.rows.held_out)):  # one at a time always fits, and always rounds alike
         sample = {key: values[index : index + 1].to(device) for key, values in run.held_out.items()}
         with run.accelerator.autocast():
             losses.append(diffusion_loss(run.unet, *run.frozen.encode(sample), sample, **plain))
@@ -1304,8 +1290,8 @@ def measure(run, name):
 def validate(run, signals, *, missing_only=False):
     """Measure the loss on the rows kept out of training, if any, and draw the prompts, if any.
 
-    Every prompt is drawn with the run's seed by a generator of its own: neither the training stream nor another
-    prompt's picture depends on it. A validation that a signal cuts short is left to the run that is resumed.
+    Every prompt has a generator of its own, seeded with the run's seed: neither the training stream nor the other
+    pictures depend on it. A validation that a signal cuts short is redone when the run is resumed.
     """
     run.accelerator.wait_for_everyone()
     folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
@@ -1315,7 +1301,7 @@ def validate(run, signals, *, missing_only=False):
         with averaged_weights(run):
             if run.average:
                 measure(run, "val/loss_ema")
-            images = list(draw_prompts(run, hidden, signals)) if prompts else []
+            images = draw_prompts(run, hidden, signals) if prompts else []
         if prompts and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
@@ -1325,29 +1311,35 @@ def validate(run, signals, *, missing_only=False):
 
 @contextlib.contextmanager
 def averaged_weights(run):
-    """Lend the UNet its averaged weights, if there are any (its own wait on the host), and the device the encoders."""
-    weights, home = list(run.unet.parameters()), run.frozen.vae.device
-    run.frozen.move(run.accelerator.device)
+    """Swap the averaged weights into the UNet, if there are any. Its own wait on the host."""
+    if run.average is None:
+        yield
+        return
+    weights = list(run.unet.parameters())
+    own = [weight.detach().to("cpu", copy=True) for weight in weights]
     run.consistent = False
-    if run.average:
-        run.average.settled()
-        run.average.ema.store(weights)
-        run.average.ema.copy_to(weights)
+    assign(weights, run.average.settled_weights())
     try:
         yield
     finally:
-        if run.average:
-            run.average.ema.restore(weights)
+        assign(weights, own)
         run.consistent = True
-        run.frozen.move(home)
+
+
+@torch.no_grad()
+def assign(tensors, values):
+    """Give each of the tensors its new value, in place."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def draw_prompts(run, folder, signals):
-    """Yield a picture of each validation prompt, and save it in the new `folder`, until a signal comes."""
+    """Return a picture of each validation prompt, saved in the new `folder`; fewer, if a signal comes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    run.frozen.move(run.accelerator.device)
     parts = run.frozen.pipeline.components | {"unet": run.unet, "vae": run.frozen.vae, "safety_checker": None}
-    parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.frozen.tokenizer}
+    parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.stream.tokenizer}
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
@@ -1356,14 +1348,18 @@ def draw_prompts(run, folder, signals):
     settings["height"] = settings["width"] = run.args.resolution
     saved = run.plan.saves_after(run.step) or run.checkpoints.last_step == run.step
     checkpoint = {"checkpoint": sd_config.checkpoint_folder(run.args.output_dir, run.step)}
+    images = []
     with run.accelerator.autocast():
         for index, prompt in enumerate(run.args.validation_prompts):
             if signals.number:
-                return
+                break
             flags = {"prompt": prompt, **settings}
             text = {"step": run.step, "command": infer.command(checkpoint | flags) if saved else None}
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-            yield infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text)
+            images.append(infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text))
+    if run.plan.encoded:
+        run.frozen.move("cpu")
+    return images
 
 
 # -- What a run leaves behind: checkpoints, and the exported pipeline ----------------------------------------
@@ -1378,29 +1374,29 @@ class Checkpoints:
         self.thread, self.writing = ThreadPoolExecutor(max_workers=1), None  # the Future of the one being written
 
     def save(self, run):
-        """Save all that is needed to go on from this step, unless that was done."""
+        """Save a checkpoint of this step, unless there is one already."""
         self.finish()
         if self.last_step == run.step:
             return
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             room = free_memory()
-            copied = self.plan.checkpoint_bytes < 0.7 * room  # pinned memory comes in powers of 2; writing takes some
+            copied = self.plan.checkpoint_bytes < 0.7 * room  # pinning rounds up to powers of 2; writing needs room
             parts = snapshot(run, copied), trainer_state(run), run.unet.config
             self.writing = self.thread.submit(self.write, *parts, self.last_step)
             if not copied:
-                print(f"note: {sd_config.gigabytes(room)} of memory are free, too few to save while training goes on")
+                print(f"note: {sd_config.gigabytes(room)} of memory is free, too little to train while saving")
                 self.finish()
         self.last_step = run.step
 
     def finish(self, wait=True):
-        """Raise what went wrong with the checkpoint being written, once that is done; `wait` for it, or look later."""
+        """Raise any error of writing the last checkpoint; `wait` for the writing, or return if it still goes on."""
         if self.writing and (wait or self.writing.done()):
             writing, self.writing = self.writing, None
             writing.result()
 
     def write(self, tensors, state, config, last_step):
-        """Write a checkpoint, which either exists or does not, and delete the oldest ones above the limit.
+        """Write a checkpoint atomically, and delete the oldest ones above the limit.
 
         It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
@@ -1428,7 +1424,7 @@ def free_memory(group=Path("/sys/fs/cgroup")):
 
 
 def snapshot(run, copied):
-    """Return a checkpoint's tensors by their file or folder; `copied` to the host, training changes them no more."""
+    """Return a checkpoint's tensors by file or folder; if `copied`, to the host, where training cannot change them."""
     tensors = {"unet": run.unet.state_dict(), OPTIMIZER: run.optimizer.adamw.state_dict()["state"]}
     if run.average:
         tensors["unet_ema"] = run.average.by_name(run.unet)
@@ -1440,15 +1436,14 @@ def snapshot(run, copied):
 
 
 def copied_to_host(value):
-    """Return a copy of a tensor, or of all in a dictionary, in the host's memory, not to be read before a wait."""
+    """Return a host copy of a tensor, or of a dictionary of them; synchronize before reading it."""
     if isinstance(value, dict):
         return {key: copied_to_host(entry) for key, entry in value.items()}
     if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments: codes, scales, and a table
         names, context = value.__tensor_flatten__()
         parts = {name: copied_to_host(getattr(value, name)) for name in names}
         return value.__tensor_unflatten__(parts, context, value.size(), value.stride())
-    tensor = value.detach()
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
+    return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)  # only CUDA's can be waited for
 
 
 def trainer_state(run):
@@ -1460,7 +1455,7 @@ def trainer_state(run):
         effective_batch=run.plan.effective_batch,
         data=run.stream.rows.fingerprint,
         max_steps=run.plan.max_steps,
-        ema_step=run.average.ema.optimization_step if run.average else None,
+        ema_step=run.average.updates if run.average else None,
         scaler=scaler.state_dict() if scaler else None,
         loss=run.progress.loss,
         prediction_type=run.loss_options["prediction_type"],
@@ -1477,9 +1472,9 @@ def plain_args(args, accelerator):
 
 
 def export(run):
-    """Write the output folder's pipeline: the base model's parts untouched, and the UNet as trained.
+    """Write the output folder's pipeline: the base model's parts and the UNet as trained.
 
-    With EMA, `unet` holds the average, and beside it the raw weights as the variant `non_ema`.
+    With EMA, `unet` holds the average and, as the variant `non_ema`, the raw weights.
     """
     accelerator, output, pipeline = run.accelerator, Path(run.args.output_dir), run.frozen.pipeline
     accelerator.wait_for_everyone()
@@ -1493,7 +1488,7 @@ def export(run):
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
             sd_config.flush(staging)
-        # The old index is deleted first, and the new one moved in last: a folder that has one holds a whole pipeline.
+        # The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
         (output / sd_config.INDEX).unlink(missing_ok=True)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == sd_config.INDEX):
             target = output / part.name
@@ -1519,7 +1514,7 @@ def model_card(run):
         f"The loss of the last step was {run.progress.loss:.4f}.",
         f"![samples]({grid})" if Path(args.output_dir, grid).exists() else "",
         '`unet` holds the moving average; the raw weights load with `variant="non_ema"`.' if run.average else "",
-        f"Rows left out, {len(bad)}, because their pictures cannot be read:" if bad else "",
+        f"{len(bad)} rows were left out, because their pictures cannot be read:" if bad else "",
         "\n".join(bad),
         "\n".join(["| argument | value |", "|---|---|", *arguments]),
     ]

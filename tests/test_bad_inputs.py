@@ -384,7 +384,7 @@ def test_bad_rows_are_skipped_once_they_are_known(lab, capfd, monkeypatch):
         listed = [line for line in card.splitlines() if line.startswith(f"- row {number}: ")]
         assert len(noted) == len(listed) == (says is not None)
         assert all(says in line for line in noted + listed)
-    assert "Rows left out, 4, " in card
+    assert "4 rows were left out, " in card
     assert (result.run.step, result.run.plan.rows, result.run.stream.rows.kept) == (6, 3, [0, 3, 6])
     order = [3 * index for epoch in (0, 1) for index in trainer.permutation(7, epoch, 3)]
     assert [result.run.stream.rows.kept[result.run.stream.index(position)] for position in range(6)] == order

@@ -432,7 +432,7 @@ def test_an_output_folder_has_one_trainer(tmp_path):
 def test_old_model_id_is_mapped_with_a_notice(accept):
     args, notices = accept(f"{BASE}=runwayml/stable-diffusion-v1-5")
     assert args.pretrained_model_name_or_path == HUB
-    assert only(notices).startswith(f"note: {BASE} runwayml/stable-diffusion-v1-5 is gone")
+    assert only(notices).startswith(f"note: {BASE} runwayml/stable-diffusion-v1-5 has moved")
     assert HUB in notices[0]
 
 
@@ -579,7 +579,7 @@ def test_damaged_file_of_a_checkpoint_is_named(accept, refuse, checkpoint, name,
     assert refuse("--output_dir=run", f"{RESUME}=latest") == [
         f"run/checkpoint-10: skipped, not a whole checkpoint: {says}",
         "run/checkpoint-9: skipped, not a whole checkpoint: trainer_state.json is missing",
-        f"{RESUME} latest: none is whole; --overwrite_output_dir instead starts over",
+        f"{RESUME} latest: none is whole; to start over, give --overwrite_output_dir instead",
     ]
 
 

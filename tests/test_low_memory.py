@@ -41,7 +41,7 @@ def test_what_it_keeps_and_where(train):
     for parameter, is_large in zip(parameters, large, strict=True):
         moments = run.run.optimizer.adamw.state[parameter]
         assert [isinstance(moments[name], OptimState8bit) for name in ("exp_avg", "exp_avg_sq")] == 2 * [is_large]
-    assert {average.dtype for average in run.run.average.ema.shadow_params} == {torch.float32}
+    assert {average.dtype for average in run.run.average.weights} == {torch.float32}
     assert run.run.unet.is_gradient_checkpointing
     assert run.run.args.mixed_precision == "bf16"
     assert {tensor.dtype for tensor in weights(run.output / "unet").values()} == {torch.float32}
@@ -86,7 +86,7 @@ def test_the_average_moves_in_float32(on_host, dtype):
         seen = [parameter.detach().clone().to(dtype).requires_grad_() for parameter in layer.parameters()]
         average.update(seen)
         other.step([parameter.float() for parameter in seen])
-        for mine, theirs in zip(average.settled(), other.shadow_params, strict=True):
+        for mine, theirs in zip(average.settled_weights(), other.shadow_params, strict=True):
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 

@@ -56,7 +56,7 @@ def test_the_tutorial_end_to_end(here):
     printed = start(["infer.py", "--seed=1", "--num_inference_steps=3"], here)
     lines = [line for line in re.split("[\r\n]+", printed) if line and not line.startswith("Denoising: ")]
     assert lines == [
-        "Loading PyTorch and diffusers takes some seconds.",
+        "Loading PyTorch and diffusers takes a few seconds.",
         "Loading ./sd-naruto-model (fp32 on cpu)",
         "result.png: 64x64, seed 1, 'Lebron James with a hat'",
     ]

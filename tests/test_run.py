@@ -114,7 +114,7 @@ def test_a_base_without_a_safety_checker_works(train, assets, tmp_path):
 
 def test_average_and_raw_weights_both_load(whole):
     average, raw = (UNet2DConditionModel.from_pretrained(whole.output / "unet", variant=v) for v in (None, "non_ema"))
-    assert all(map(torch.equal, average.parameters(), whole.run.average.ema.shadow_params))
+    assert all(map(torch.equal, average.parameters(), whole.run.average.weights))
     assert all(map(torch.equal, raw.parameters(), whole.run.unet.parameters()))
     assert not torch.equal(average.conv_in.bias, raw.conv_in.bias)
     pipeline = StableDiffusionPipeline.from_pretrained(whole.output, variant="non_ema")
@@ -235,7 +235,7 @@ def test_in_mixed_precision_all_that_belongs_to_a_weight_lies_in_memory_as_it_do
         weights = list(run.unet.parameters())
         assert all(weight.is_contiguous() for weight in weights) == (run is back.run)
         moments = run.optimizer.adamw.state_dict()["state"].values()
-        for weight, average, state in zip(weights, run.average.ema.shadow_params, moments, strict=True):
+        for weight, average, state in zip(weights, run.average.weights, moments, strict=True):
             assert {tensor.stride() for tensor in (average, state["exp_avg"], state["exp_avg_sq"])} == {weight.stride()}
     assert_same_state(whole.output / "checkpoint-2", again.output / "checkpoint-2")
 

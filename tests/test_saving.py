@@ -58,7 +58,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, order, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "free_memory", lambda: 1000)
         waited = train(*FLAGS, *flags, output="waited")
-    note = "note: 0.00 GB of memory are free, too few to save while training goes on"
+    note = "note: 0.00 GB of memory is free, too little to train while saving"
     assert capsys.readouterr().out.count(note) == 3
     assert order() == [
         *(("step", 1), ("step", 2), ("written", 2)),

@@ -235,7 +235,7 @@ def test_long_captions_and_missing_rows_are_told(train, tmp_path, capsys):
     assert run.run.plan.rows == 3
     printed = capsys.readouterr().out
     assert "note: 1 of 3 captions are longer than 77 tokens and will be cut" in printed
-    assert "note: --max_train_samples 99: there are 3 to train on, all used" in printed
+    assert "note: --max_train_samples 99: only 3 are available, and all are used" in printed
 
 
 def test_hub_data_is_asked_for_with_every_flag(photos, monkeypatch):
