@@ -37,10 +37,15 @@ TRAINING = """
 """.split()  # noqa: SIM905 (as one list of strings it would fill the page)
 FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in float32: an estimate before the download
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME, ENCODED_NAME = re.compile(r"checkpoint-(\d+)"), re.compile(r"encoded-[0-9a-f]{16}")
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
-OUTPUT = (*PARTS, INDEX, "README.md", SAMPLES)
+EXPORT = (*PARTS, INDEX, "README.md")
+CHECKPOINT = ("unet", "unet_ema", "optimizer.pt", STATE, MANIFEST)
+# The text in our pictures, of a name that no other program reads (ComfyUI parses `prompt`), and that in older ones.
+PNG_TEXT, OLD_PNG_TEXTS = "sd_naruto", {"prompt", "seed", "num_inference_steps"}
+# This folder is the program's own: its lock, the manifest of the export, what is not whole yet, what is being deleted.
+OWN = ".train_sd1-5_naruto"
 
 
 # -- The command line: the types of flags, the flags, and their parser ---------------------------------------
@@ -443,36 +448,49 @@ def resolve_output(args, problems, notices):
         if args.overwrite_output_dir:
             problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
         args.resume_from_checkpoint = find_checkpoint(wanted, output, problems, notices)
-    if not args.output_dir or any(path.is_file() for path in (output, *output.parents)):
+    dangling = output.is_symlink() and not output.exists()
+    if not args.output_dir or dangling or any(path.is_file() for path in (output, *output.parents)):
         problems.append(f"--output_dir {args.output_dir}: must be a folder, new or existing")
-    elif not os.access(disk_of(output), os.W_OK | os.X_OK):
+        return
+    if not os.access(disk_of(output), os.W_OK | os.X_OK):
         problems.append(f"--output_dir {args.output_dir}: no permission to write in {disk_of(output)}")
-    for name in (SAMPLES, args.logging_dir):
-        if os.path.isfile(output / name):
-            problems.append(f"--output_dir {output}: {name} in it is a file, and must be a folder")
-    inside = Path(args.logging_dir).parts
-    if not inside or inside[0] == "/" or ".." in inside or is_ours(inside[0]):
+    logs, project = Path(args.logging_dir), Path(args.tracker_project_name)
+    if (output / logs).is_file():
+        problems.append(f"--output_dir {output}: {logs} in it is a file, and must be a folder")
+    if not logs.parts or logs.is_absolute() or ".." in logs.parts or is_reserved(logs.parts[0]):
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
-    if args.output_dir:
-        inputs = {f"--{flag}": getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name")}
-        inputs["--train_data_dir"] = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
-        inputs["the folder of the scripts"] = os.path.dirname(__file__)
-        taken = [name for name, folder in inputs.items() if folder and output.resolve() == Path(folder).resolve()]
-        problems.extend(f"--output_dir {output}: is {name} itself; choose another folder" for name in taken)
-        problems.extend([] if taken else conflicts(args, wanted))
+    if project.is_absolute() or ".." in project.parts:  # TensorBoard makes a folder of this name
+        problems.append(f"--tracker_project_name {project}: must be a name, not a path to another folder")
+    taken = list(inputs_in_the_way(args, output.resolve()))
+    problems.extend(f"--output_dir {output}: a run into it would mix with {name}; choose another" for name in taken)
+    problems.extend([] if taken else conflicts(args, wanted))
+
+
+def inputs_in_the_way(args, output):
+    """Yield which inputs of a run lie where it writes, or would count what it writes as training data."""
+    data = {"--dataset_name": args.dataset_name}
+    data["--train_data_dir"] = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
+    others = {"--pretrained_model_name_or_path": args.pretrained_model_name_or_path}
+    others["the folder of the scripts"] = os.path.dirname(__file__)
+    for name, folder in (data | others).items():
+        folder = Path(folder or os.devnull).resolve()
+        within = output in folder.parents and is_reserved(folder.relative_to(output).parts[0])
+        around = name in data and folder in output.parents and folder.is_dir()
+        if folder == output or within or around:
+            yield name
 
 
 def conflicts(args, wanted):
     """Yield what a run would write over: another run, its own later checkpoints, or files that no run wrote."""
     output, checkpoint, known = Path(args.output_dir), args.resume_from_checkpoint, checkpoints(args.output_dir)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
-    if not known and not (output / INDEX).exists():
-        if foreign := ", ".join(name for name in (*PARTS, "README.md") if (output / name).exists()):
-            yield f"--output_dir {output}: holds {foreign}, not from a run; choose another folder"
-    elif (wanted is None or elsewhere) and not args.overwrite_output_dir:
+    step = 0 if elsewhere or checkpoint not in known else step_of(checkpoint)
+    if strangers := foreign_problems(output, step):
+        yield from strangers
+    elif (known or (output / INDEX).exists()) and (wanted is None or elsewhere) and not args.overwrite_output_dir:
         remedy = "add --resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete it"
         yield f"--output_dir {output}: already holds a run; {remedy}, or choose another folder"
-    elif checkpoint is not None and not elsewhere and wanted != "latest" and checkpoint.name != known[-1].name:
+    elif known and checkpoint is not None and not elsewhere and wanted != "latest" and checkpoint != known[-1]:
         later = f"{output} holds later ones, up to {known[-1].name}; resume from latest, delete them"
         yield f"--resume_from_checkpoint {checkpoint}: {later}, or choose another --output_dir"
 
@@ -509,6 +527,7 @@ class TrainerState:
     micro_batch_size: int
     base_model: str  # Hub id or absolute path
     args: dict  # the flags, as plain values
+    encoding: str | None = None  # name of the folder of what is encoded only once, or "" (None in older checkpoints)
 
 
 def write_state(state, folder):
@@ -533,13 +552,18 @@ def checkpoint_folder(output, step):
 
 def checkpoints(output):
     """Return the folders of `output` named checkpoint-N by ascending N, whole or not."""
-    folders = [path for path in Path(output).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in folders if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
+    return [path for path in numbered(output, "checkpoint") if path.is_dir()]
 
 
-def step_of(checkpoint):
-    """Return the step at which a checkpoint was saved, from its folder's name."""
-    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
+def numbered(folder, word):
+    """Return what has a name such as word-3 in a folder, by ascending number."""
+    name = re.compile(rf"{word}-\d+")
+    return sorted((path for path in Path(folder).glob(f"{word}-*") if name.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path):
+    """Return the step of a checkpoint, or of a folder of samples, from its name."""
+    return int(path.name.rpartition("-")[2])
 
 
 def find_checkpoint(wanted, output, problems, notices):
@@ -604,6 +628,16 @@ def checksum(path):
     return value
 
 
+def drawn_by_us(path):
+    """Say whether a file is a PNG with the text that `infer.draw` writes, or wrote when each setting had a chunk."""
+    content, names, start = Path(path).read_bytes(), set(), 8
+    while content.startswith(b"\x89PNG") and start < len(content):  # a chunk: length, kind, what it holds, checksum
+        if content[start + 4 : start + 8] in (b"tEXt", b"zTXt", b"iTXt"):
+            names.add(content[start + 8 : start + 88].split(b"\0")[0].decode("latin-1"))
+        start += 12 + int.from_bytes(content[start : start + 4])
+    return PNG_TEXT in names or names >= OLD_PNG_TEXTS
+
+
 def flush(folder, within=True):
     """Flush a folder and, if `within`, its content to disk: only then can no power cut lose it."""
     if os.name == "nt":  # Windows has no descriptors of folders
@@ -639,25 +673,39 @@ def written_whole(hidden, what, size):
         raise WriteError(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
 
 
-def hidden_beside(folder):
-    """Return the hidden name under which a folder is written before it gets its own."""
-    return folder.with_name(f".{folder.name}")
-
-
-def put_in_place(hidden):
-    """Rename a complete folder from its name of `hidden_beside` to the final one, replacing what has that."""
-    final = hidden.with_name(hidden.name[1:])
-    discard(final)
+def put_in_place(hidden, final):
+    """Rename a complete folder to its final name, replacing what has that name."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    discard(final, hidden.parent)
     hidden.rename(final)
     flush(final.parent, within=False)
 
 
-def discard(folder):
-    """Delete a folder, if there is one. It is renamed first, so that a half-deleted folder never has its name."""
-    hidden = folder.with_name(f".old-{folder.name}")
+def discard(folder, own):
+    """Delete a folder, if there is one. It is moved to `own` first, so that half a folder never has its name."""
+    hidden = own / f"old-{folder.name}"
     if folder.exists():
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def put_export_in_place(staging, output):
+    """Move a complete pipeline from `staging` to the output folder, and add its files to the manifest of the export.
+
+    The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
+    """
+    listed = read_json(output / OWN / MANIFEST) | read_json(staging / MANIFEST)
+    (staging / MANIFEST).write_text(json.dumps(listed), encoding="utf-8")
+    for name in (INDEX, "README.md"):  # whose checksums the manifest now has
+        (output / name).unlink(missing_ok=True)
+    (staging / MANIFEST).replace(output / OWN / MANIFEST)
+    for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
+        target = output / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    staging.rmdir()
+    flush(output, within=False)
 
 
 def prune_checkpoints(output, limit, step, last_step):
@@ -668,23 +716,27 @@ def prune_checkpoints(output, limit, step, last_step):
     whole = [path for path in past if path not in damaged]
     try:
         for old in (*damaged, *whole[:-limit]):
-            discard(old)
+            if strangers := foreign_files(old):
+                print(f"warning: {old} is kept: no run wrote {strangers[0].name} in it")
+            else:
+                discard(old, output / OWN)
     except OSError as error:  # it costs room, but not the run
         print(f"warning: an old checkpoint cannot be deleted: {error}")
 
 
-def lock(folder, wait=False):
+def lock(folder, name, wait=False):
     """Lock a folder until the returned file is closed or the process ends. If another has the lock: wait, or exit."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "w")  # noqa: SIM115 (to stay open)
     except OSError as error:
-        return stop(f"{'--cache_dir' if wait else '--output_dir'} {folder}: cannot be written to: {error}")
+        return stop(f"{name}: cannot be written to: {error}")
     try:
         # Nothing else may open the file: the lock ends when this process closes any handle of it. Windows has no lock.
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
-        stop(f"--output_dir {folder}: another process is training into it")
+        stop(f"{name}: another process is training into it")
     except OSError:  # a file system without locks: go on without one
         pass
     return file
@@ -694,24 +746,83 @@ def lock(folder, wait=False):
 def claimed_output(args, step):
     """Make the output folder, and keep every other trainer out of it for as long as this is entered."""
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    with lock(output):
+    with lock(output / OWN, f"--output_dir {output}"):
         newer = [path for path in checkpoints(output) if step_of(path) > step and not args.overwrite_output_dir]
         if whole := [path.name for path in newer if not find_damage(path)]:  # saved while this process was starting
             stop(f"--output_dir {output}: {whole[-1]} was saved by another process just now; start again")
+        stop_if(foreign_problems(output, step))
         yield
 
 
-def is_ours(name):
-    """Say whether a run's results, which --overwrite_output_dir deletes, have a file or folder of this name."""
-    return name in OUTPUT or CHECKPOINT_NAME.fullmatch(name) is not None
+# -- Whose files are in the output folder --------------------------------------------------------------------
 
 
-def leftovers(args):
-    """Return what a start deletes: what a killed run left half written, and with --overwrite_output_dir the old run."""
+def is_reserved(name):
+    """Say whether a name in an output folder is kept for what runs write there."""
+    return name in (*EXPORT, SAMPLES) or name.startswith((".", "checkpoint-", "encoded-"))
+
+
+def deletions(args, encoding=None):
+    """Return what a start deletes: what a killed run left unfinished and, with --overwrite_output_dir, the old run.
+
+    The encodings in the folder named `encoding` are those of the new one.
+    """
     output = Path(args.output_dir)
-    ours = [path for path in output.glob("*") if args.overwrite_output_dir and is_ours(path.name)]
-    return [*output.glob(".*checkpoint-*"), *output.glob(".export"), *ours]
+    paths = [path for path in (output / OWN).glob("*") if path.name not in (LOCK, MANIFEST)]
+    if args.overwrite_output_dir:  # and `foreign_problems` has found nothing of anybody else's in these
+        paths += [*numbered(output, "checkpoint"), *numbered(output / SAMPLES, "step"), output / OWN / MANIFEST]
+        paths += [
+            path for path in output.glob("encoded-*") if ENCODED_NAME.fullmatch(path.name) and path.name != encoding
+        ]
+        paths += [output / name for name in EXPORT]
+    return [path for path in paths if path.exists()]
+
+
+def foreign_problems(output, step):
+    """Return a list that is empty, or says which files that no run wrote are in the way of a run from `step` on."""
+    listed, strangers = read_json(output / OWN / MANIFEST), []
+    if listed or all(map(foreign_files, checkpoints(output))):  # older exports are known by a checkpoint beside them
+        for file in (file for name in EXPORT for file in files_in(output / name)):
+            entry = listed.get(file.relative_to(output).as_posix())
+            if entry is None or (file.name == "README.md" and entry[1] != checksum(file)):  # people edit model cards
+                strangers.append(file)
+    for path in (*numbered(output, "checkpoint"), *numbered(output / SAMPLES, "step")):
+        strangers += foreign_files(path) if step_of(path) > step else []
+    if (output / SAMPLES).is_symlink() or (output / SAMPLES).is_file():
+        strangers.append(output / SAMPLES)
+    names = ", ".join(str(path.relative_to(output)) for path in strangers[:5]) + ", ..." * (len(strangers) > 5)
+    problem = f"--output_dir {output}: no run wrote {names} in it; move away what is yours, or choose another folder"
+    return [problem] if strangers else []
+
+
+def foreign_files(folder):
+    """Return the files in a checkpoint's folder, or in one of samples, that no run is known to have written."""
+    if folder.is_symlink() or folder.is_file():
+        return [folder]
+    files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
+    listed = read_json(folder / MANIFEST)
+    if STATE in listed:
+        return [file for name, file in files.items() if name not in {*listed, MANIFEST}]
+    if "effective_batch" in read_json(folder / STATE):  # its manifest is damaged
+        return [file for name, file in files.items() if name.split("/")[0] not in CHECKPOINT]
+    drawn = [file for file in files.values() if drawn_by_us(file)]
+    return [file for file in files.values() if file not in drawn and not (drawn and file.name == "grid.png")]
+
+
+def files_in(path):
+    """Return the files and symbolic links in a folder, or a file or link itself; none where there is nothing."""
+    if path.is_symlink() or path.is_file():
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
+
+
+def read_json(path):
+    """Return the dictionary in a JSON file, or an empty one if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 # -- The plan of a run ---------------------------------------------------------------------------------------
@@ -721,10 +832,11 @@ class Plan:
     """The arithmetic of a run. Steps are optimizer steps; a `step` given to a method is the number done so far.
 
     `rows` is the number of rows trained on, by `processes` that share each step. `parameters` counts the UNet's
-    weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder.
+    weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder. `encoding` is what the
+    checkpoint to be resumed says of it (`TrainerState.encoding`).
     """
 
-    def __init__(self, args, rows, processes, parameters, texts=0, width=768):
+    def __init__(self, args, rows, processes, parameters, texts=0, width=768, encoding=None):
         self.args, self.rows, self.processes = args, rows, processes
         self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples per step
         self.effective_batch = self.batch_per_process * processes
@@ -745,22 +857,24 @@ class Plan:
         self.views = 2 if args.random_flip else 1  # pictures made of each row: itself, and its mirror image
         latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
         self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
-        there = sum(map(size_on_disk, Path(args.cache_dir or args.output_dir).glob("encoded-*")))  # of earlier runs
-        self.encoded_missing = max(0, self.encoded_bytes - there)
-        self.encoded, self.encoded_why = self.choose_encoded()
+        folder, output = Path(args.cache_dir or args.output_dir), Path(args.output_dir)
+        self.encoded_missing = 0 if encoding and (folder / encoding).is_dir() else self.encoded_bytes
+        self.encoded_apart = disk_of(folder).stat().st_dev != disk_of(output).stat().st_dev  # on another disk
+        self.encoded, self.encoded_why = self.choose_encoded(folder, encoding)
 
-    def choose_encoded(self):
+    def choose_encoded(self, folder, encoding):
         """Return the folder for encoded pictures and captions, or None and the reason why there is none."""
-        args, folder = self.args, Path(self.args.cache_dir or self.args.output_dir)
-        if args.cache_latents == "off":
+        if self.args.cache_latents == "off":
             return None, "--cache_latents off"
-        if args.cache_latents == "auto":
-            if not args.center_crop:
+        if self.args.cache_latents == "auto":
+            if not self.args.center_crop:
                 return None, "random crops"
+            if encoding is not None:  # to go on exactly, a run must encode as it began
+                return (folder, None) if encoding else (None, "as in the run so far")
             if self.max_steps * self.effective_batch <= self.rows * self.views:
                 return None, "each is used only once"
-            least = self.export_bytes + self.encoded_missing + 2 * self.checkpoint_bytes
-            if shutil.disk_usage(disk_of(folder)).free < least:
+            least = 0 if self.encoded_apart else self.export_bytes + 2 * self.checkpoint_bytes
+            if free_bytes(folder, self.args) < least + self.encoded_missing:
                 return None, f"{gigabytes(self.encoded_bytes)} would not fit in {folder}"
         return folder, None
 
@@ -818,6 +932,11 @@ def disk_of(folder):
     return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
+def free_bytes(folder, args):
+    """Return how many bytes may be written to the disk of a folder, once the run's start has deleted what it may."""
+    return shutil.disk_usage(disk_of(folder)).free + sum(map(size_on_disk, deletions(args)))
+
+
 def size_on_disk(path):
     """Return the bytes of a file, or of all files in a folder; 0 where there is neither."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
@@ -860,10 +979,10 @@ def compare_disk(plan, step):
     """
     args, output = plan.args, Path(plan.args.output_dir).resolve()
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))
-    free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, leftovers(args)))
+    free = free_bytes(output, args)
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
     most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # old ones go after the new one is complete
-    base = plan.export_bytes + (plan.encoded_missing if plan.encoded else 0)
+    base = plan.export_bytes + (plan.encoded_missing if plan.encoded and not plan.encoded_apart else 0)
     least, total = (base + count * plan.checkpoint_bytes for count in (min(saves, 1 if kept else 2), most))
     sizes = f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)}, an export of {gigabytes(plan.export_bytes)}"
     if free < least:

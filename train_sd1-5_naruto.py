@@ -86,7 +86,7 @@ def main(args):
     noise_scheduler = load_noise_scheduler(args)
     tokenizer = load_tokenizer(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
-    plan = make_plan(args, rows, accelerator)
+    plan = make_plan(args, saved, rows, accelerator)
     check_plan(plan, saved, seed, rows, accelerator)
     if args.dry_run:
         accelerator.print("Dry run: every check has passed, and nothing was trained.")
@@ -113,12 +113,14 @@ def choose_seed(args, saved, accelerator):
     return seed
 
 
-def make_plan(args, rows, accelerator):
+def make_plan(args, saved, rows, accelerator):
     """Return the `Plan`. The size of the base model's UNet is known from its configuration, without its weights."""
     load = UNet2DConditionModel.load_config
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
-    return Plan(args, len(rows.kept), accelerator.num_processes, *sizes)
+    plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, saved and saved.encoding)
+    plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
+    return plan
 
 
 def check_plan(plan, saved, seed, rows, accelerator):
@@ -730,8 +732,9 @@ def rescued(run):
         rescue(run, error)
     if code and (failed_alone or accelerator.is_main_process):
         known = [path for path in sd_config.checkpoints(run.args.output_dir) if sd_config.step_of(path) <= run.step]
-        last = f"{known[-1]}: add --resume_from_checkpoint latest to go on from there" if known else "none"
-        print(f"Stopped at step {run.step}. Last checkpoint: {last}", file=sys.stderr)
+        last, flag = (known[-1], "latest") if known else [run.args.resume_from_checkpoint] * 2
+        how = f"{last}: add --resume_from_checkpoint {flag} to go on from there" if last else "none"
+        print(f"Stopped at step {run.step}. Last checkpoint: {how}", file=sys.stderr)
     if failed_alone:  # the others wait for ever, in a collective call; once this process exits, the launcher ends them
         sys.stdout.flush()
         os._exit(code)
@@ -986,8 +989,8 @@ def restore(run, saved):
 def clear_output(run):
     """Delete what a killed run left half written and, with --overwrite_output_dir, the old run (not its logs)."""
     if run.accelerator.is_main_process:
-        for path in sd_config.leftovers(run.args):
-            shutil.rmtree(path, ignore_errors=path.name[0] == ".") if path.is_dir() else path.unlink()
+        for path in sd_config.deletions(run.args, run.stream.encoded and run.stream.encoded.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.accelerator.wait_for_everyone()
 
 
@@ -1215,11 +1218,11 @@ class Encoded:
     def __init__(self, stream, plan, frozen, accelerator):
         rows, args, ids = stream.rows, stream.args, tokenize(stream.tokenizer, stream.rows.texts)
         self.views, self.latent_shape = plan.views, stream.latent_shape
-        self.numbers = {text: number for number, text in enumerate(rows.texts)}
         transform = args.resolution, args.image_interpolation_mode, plan.views
         models = [hashlib.sha256(save(part.state_dict())).digest() for part in (frozen.vae, frozen.text_encoder)]
         key = (rows.fingerprint, rows.kept, transform, ids.tolist(), models)
         folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+        self.name, self.numbers = folder.name, {text: number for number, text in enumerate(rows.texts)}
 
         def encode_views(indices):  # mirrors pictures, not latents: encoding does not commute with mirroring
             pictures = [stream.load_pixels(rows.kept[index]) for index in indices]
@@ -1229,15 +1232,14 @@ class Encoded:
         def encode_texts(numbers):
             return frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()
 
-        with accelerator.local_main_process_first(), exit_on(BadRow, OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            with sd_config.lock(folder, wait=True):  # another run may be making the same
-                for path in folder.glob("tmp*"):  # of a run that was killed
-                    path.unlink()
-                if list(folder.glob("*.arrow")):
-                    accelerator.print(f"Encoded pictures and captions: found in {folder}")
-                pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
-                captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
+        locked = functools.partial(sd_config.lock, folder, folder, wait=True)  # another run may be making the same
+        with accelerator.local_main_process_first(), exit_on(BadRow, OSError), locked():
+            for path in folder.glob("tmp*"):  # of a run that was killed
+                path.unlink()
+            if list(folder.glob("*.arrow")):
+                accelerator.print(f"Encoded pictures and captions: found in {folder}")
+            pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
+            captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
         self.pictures = pictures.with_format("torch")  # per row: its picture and, with --random_flip, the mirror image
         self.captions = captions.with_format("torch")  # in the order of Rows.texts
 
@@ -1296,7 +1298,7 @@ def validate(run, signals, *, missing_only=False):
     run.accelerator.wait_for_everyone()
     folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
-        hidden = sd_config.hidden_beside(folder)
+        hidden = Path(run.args.output_dir, sd_config.OWN, folder.name)
         measure(run, "val/loss")
         with averaged_weights(run):
             if run.average:
@@ -1305,7 +1307,8 @@ def validate(run, signals, *, missing_only=False):
         if prompts and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
-            sd_config.put_in_place(hidden)
+            sd_config.flush(hidden)
+            sd_config.put_in_place(hidden, folder)
     run.accelerator.wait_for_everyone()
 
 
@@ -1346,15 +1349,15 @@ def draw_prompts(run, folder, signals):
     settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
     settings["guidance_scale"] = run.args.validation_guidance_scale
     settings["height"] = settings["width"] = run.args.resolution
-    saved = run.plan.saves_after(run.step) or run.checkpoints.last_step == run.step
-    checkpoint = {"checkpoint": sd_config.checkpoint_folder(run.args.output_dir, run.step)}
+    checkpoint = sd_config.checkpoint_folder(run.args.output_dir, run.step)
+    saved = checkpoint.exists() or (run.checkpoints.writing and run.plan.saves_after(run.step))
     images = []
     with run.accelerator.autocast():
         for index, prompt in enumerate(run.args.validation_prompts):
             if signals.number:
                 break
             flags = {"prompt": prompt, **settings}
-            text = {"step": run.step, "command": infer.command(checkpoint | flags) if saved else None}
+            text = {"step": run.step, "command": infer.command({"checkpoint": checkpoint} | flags) if saved else None}
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
             images.append(infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text))
     if run.plan.encoded:
@@ -1401,13 +1404,14 @@ class Checkpoints:
         It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
         final = sd_config.checkpoint_folder(self.plan.args.output_dir, state.step)
-        with sd_config.written_whole(sd_config.hidden_beside(final), final, self.plan.checkpoint_bytes) as folder:
+        hidden = final.parent / sd_config.OWN / final.name
+        with sd_config.written_whole(hidden, final, self.plan.checkpoint_bytes) as folder:
             for part in tensors.keys() - {OPTIMIZER}:
                 unet_with(tensors[part], config).save_pretrained(folder / part)
             torch.save(tensors[OPTIMIZER], folder / OPTIMIZER)
             sd_config.write_state(state, folder)
             sd_config.write_manifest(folder)
-            sd_config.put_in_place(folder)
+            sd_config.put_in_place(folder, final)
         if limit := self.plan.args.checkpoints_total_limit:
             sd_config.prune_checkpoints(final.parent, limit, state.step, last_step)
 
@@ -1460,6 +1464,7 @@ def trainer_state(run):
         loss=run.progress.loss,
         prediction_type=run.loss_options["prediction_type"],
         micro_batch_size=run.micro_batch_size,
+        encoding=run.stream.encoded.name if run.stream.encoded else "",
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,
         args=plain_args(run.args, run.accelerator),
     )
@@ -1479,7 +1484,8 @@ def export(run):
     accelerator, output, pipeline = run.accelerator, Path(run.args.output_dir), run.frozen.pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with sd_config.written_whole(output / ".export", f"the pipeline in {output}", run.plan.export_bytes) as staging:
+        hidden = output / sd_config.OWN / "export"
+        with sd_config.written_whole(hidden, f"the pipeline in {output}", run.plan.export_bytes) as staging:
             infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
             average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
             pipeline.unet = average or run.unet
@@ -1487,15 +1493,8 @@ def export(run):
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
-            sd_config.flush(staging)
-        # The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
-        (output / sd_config.INDEX).unlink(missing_ok=True)
-        for part in sorted(staging.iterdir(), key=lambda path: path.name == sd_config.INDEX):
-            target = output / part.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
-        staging.rmdir()
+            sd_config.write_manifest(staging)
+        sd_config.put_export_in_place(staging, output)
         print(f"The trained pipeline is in {output}. Draw with it: python infer.py --model_path {output}")
     accelerator.wait_for_everyone()
 

@@ -140,8 +140,8 @@ def samples(output):
 
 
 def litter(output):
-    """The hidden names in an output folder: what a run has not finished writing, or deleting."""
-    return sorted(path.name for path in output.iterdir() if path.name.startswith(".") and path.name != ".lock")
+    """What a run has not finished writing, or deleting, in an output folder."""
+    return sorted({path.name for path in (output / sd_config.OWN).glob("*")} - {sd_config.LOCK, sd_config.MANIFEST})
 
 
 def learned(result, *names):

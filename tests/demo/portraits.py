@@ -10,9 +10,11 @@ model has to learn from the pictures. Everything follows from a seed.
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -239,14 +241,20 @@ def people(seed, count):
 
 def write(folder, style, rows, seed=0):
     """Write `rows` captioned portraits into a folder, as PNGs with a metadata.jsonl."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    files, lines = {}, []
     for number, (person, text) in enumerate(people(seed, rows)):
-        name = f"{number:05}.png"
-        draw(person, style).save(folder / name)
+        name, content = f"{number:05}.png", io.BytesIO()
+        draw(person, style).save(content, "PNG")
+        files[Path(folder, name)] = content.getvalue()
         lines.append(json.dumps({"file_name": name, "text": text}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files[Path(folder, "metadata.jsonl")] = ("\n".join(lines) + "\n").encode()
+    for path, content in files.items():
+        if path.exists() and path.read_bytes() != content:
+            print(f"error: {path} is not what would be written in its place; choose another folder", file=sys.stderr)
+            raise SystemExit(2)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":
