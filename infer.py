@@ -98,6 +98,7 @@ def resolve(args, given, problems):
 
 
 if __name__ == "__main__":
+    sd_config.outlive_streams()
     ARGS = parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
 

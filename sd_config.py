@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -236,6 +237,23 @@ def parse_args(argv=None):
     return args
 
 
+class LossyFile(io.FileIO):
+    """A file descriptor that stops nothing: what cannot be written, as when a reader or terminal is gone, is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_streams():
+    """Have this process go on, whatever becomes of its output. What a terminal's encoding lacks is escaped."""
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        file, encoding = io.BufferedWriter(LossyFile(number, "w", closefd=False)), getattr(sys, name).encoding
+        setattr(sys, name, io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True))
+
+
 def announce_imports():
     """Say why nothing happens for a while, and keep the libraries from talking while they are imported."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -332,6 +350,9 @@ def resolve(args, given, problems, notices):
         problems.append("--dream_training: defined for epsilon only; leave out --prediction_type v_prediction")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--learning_rate {args.learning_rate}: must be above 1e-7, where the polynomial schedule ends")
+    mode, modes = os.environ.get("SWANLAB_MODE"), ("online", "cloud", "offline", "local", "disabled")
+    if args.report_to == "swanlab" and mode and mode not in modes:
+        problems.append(f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}")
     if args.image_column == args.caption_column:
         problems.append(f"--caption_column {args.caption_column}: is --image_column too")
     if args.cache_dir is not None and os.path.isfile(args.cache_dir):

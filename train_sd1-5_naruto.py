@@ -21,6 +21,7 @@ import sd_config
 from sd_config import Plan, exit_on, stop_if
 
 if __name__ == "__main__":
+    sd_config.outlive_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside the training there is nothing to save
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
@@ -63,7 +64,8 @@ from transformers import CLIPTokenizer
 
 import infer
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes when a terminal closes; Windows has none.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 EXPERIMENT_NAME = "SD1-5_火影忍者"
 OPTIMIZER = "optimizer.pt"  # the checkpoint file that holds AdamW's moments
 LOG_EVERY = 10  # steps between reads of the metrics, which make the host wait for the device
@@ -593,6 +595,12 @@ def describe_step(run, step, loss, grad_norm):
     )
 
 
+def can_ask():
+    """Say whether a question would be seen and answered: on a terminal, and not from the background."""
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    return interactive and (os.name == "nt" or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp())
+
+
 class Tracker:
     """The tracker that --report_to names. Failures never stop the training; only the first gives a warning."""
 
@@ -610,12 +618,15 @@ class Tracker:
             import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
 
             place = os.environ.get("SWANLAB_LOG_DIR") or os.environ.get("SWANLAB_LOGDIR") or folder
-            options = {"name": swanlab.Settings().experiment.name or EXPERIMENT_NAME, "log_dir": place}
+            settings = swanlab.Settings()
+            options = {"name": settings.experiment.name or EXPERIMENT_NAME, "log_dir": place}
         plain = (bool, int, float, str)  # all that TensorBoard takes
         config = plain_args(run.args, self.accelerator) | {"seed": run.stream.seed}
         config = {name: value if isinstance(value, plain) else str(value) for name, value in config.items()}
         start = functools.partial(self.accelerator.init_trackers, run.args.tracker_project_name, config)
         try:
+            if self.name == "swanlab" and settings.mode == "online" and not (settings.api_key or can_ask()):
+                raise RuntimeError("it has no key, and cannot ask for one here")
             start({self.name: options})
         except Exception as error:  # for example no key and no terminal, a refused key, no network
             print(f"warning: {self.name} cannot start: {error}")
@@ -672,7 +683,8 @@ class Signals:
         self.group = torch.distributed.new_group(None, TIMEOUT, "gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as SIGHUP by nohup
+        self.handlers = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
     def __exit__(self, error, *_details):
@@ -687,7 +699,8 @@ class Signals:
             self.number, self.noted = number, time.monotonic()
             # Not print: the signal may have come while something was being printed.
             text = "Stopping: this step will be finished and saved. A second signal stops at once, without saving."
-            os.write(2, f"\n{text}\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{text}\n".encode())
         elif time.monotonic() > self.noted + 1:
             os._exit(128 + number)
 
@@ -727,9 +740,9 @@ def rescued(run):
     except Exception as error:
         code = error.code if isinstance(error, sd_config.ReportedError) else 1
         failed_alone = accelerator.num_processes > 1 and not isinstance(error, NotFinite)
-        explain(error, accelerator)
         traceback.clear_frames(error.__traceback__)  # after out of memory, the frames hold what fills it
         rescue(run, error)
+        explain(error, accelerator)
     if code and (failed_alone or accelerator.is_main_process):
         known = [path for path in sd_config.checkpoints(run.args.output_dir) if sd_config.step_of(path) <= run.step]
         last, flag = (known[-1], "latest") if known else [run.args.resume_from_checkpoint] * 2
@@ -1381,6 +1394,7 @@ class Checkpoints:
         self.finish()
         if self.last_step == run.step:
             return
+        check_finite(run)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             room = free_memory()
@@ -1414,6 +1428,16 @@ class Checkpoints:
             sd_config.put_in_place(folder, final)
         if limit := self.plan.args.checkpoints_total_limit:
             sd_config.prune_checkpoints(final.parent, limit, state.step, last_step)
+
+
+def check_finite(run):
+    """Raise `NotFinite` if a weight, average or moment is not finite: the optimizer's own arithmetic may overflow."""
+    moments = [moment for state in run.optimizer.adamw.state.values() for moment in state.values()]
+    tensors = [*run.unet.parameters(), *(run.average.settled_weights() if run.average else ()), *moments]
+    for tensor in tensors:
+        if not getattr(tensor, "scale", tensor).isfinite().all():  # torchao's 8-bit moments are codes times scales
+            what = "the weights, their average or AdamW's moments are not finite, and so not saved"
+            raise NotFinite(f"step {run.step}: {what}. A smaller --learning_rate or a larger --adam_epsilon may help.")
 
 
 def free_memory(group=Path("/sys/fs/cgroup")):
