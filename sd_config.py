@@ -102,24 +102,32 @@ def choice(*values):
     return flag_type("|".join(values), f"one of {', '.join(values)}", lambda text: text if text in values else None)
 
 
+PATH = flag_type("PATH", "a path whose names have at most 255 bytes", lambda text: text if is_path(text) else None)
+
+
+def is_path(text):
+    """Say whether a text can be the path of a file or folder."""
+    return "\0" not in text and all(len(os.fsencode(name)) < 256 for name in text.split(os.sep))
+
+
 # By group: name (and alias), default, type, help. The type bool is a switch; "*" is any number of words.
 # fmt: off
 FLAGS = {
     "model": [
-        ("pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5", str,
+        ("pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5", PATH,
          "Base model: a Hub id (owner/name), or a local folder with a diffusers pipeline."),
         ("revision", None, str, "Branch, tag or commit of the base model on the Hub."),
         ("variant", None, str, "Variant of the weight files to load, for example fp16."),
         ("non_ema_revision", None, str,
          "Revision of the UNet to start training from. Default: the same as --revision."),
-        ("cache_dir", None, str,
+        ("cache_dir", None, PATH,
          "Folder for models and data sets downloaded from the Hub, and for what --cache_latents keeps."),
     ],
     "data": [
-        ("dataset_name", "lambdalabs/naruto-blip-captions", str, "Training data: a Hub id, or a local folder that the "
+        ("dataset_name", "lambdalabs/naruto-blip-captions", PATH, "Training data: a Hub id, or a local folder that the "
          "datasets library can read (parquet, pictures with a metadata.jsonl, or save_to_disk)."),
         ("dataset_config_name", None, str, "Configuration of the data set, where it has several."),
-        ("train_data_dir", None, str, "Folder of pictures with a metadata.jsonl. Given alone, it replaces "
+        ("train_data_dir", None, PATH, "Folder of pictures with a metadata.jsonl. Given alone, it replaces "
          "--dataset_name; given with it, it is the subfolder of that data set to use."),
         ("image_column", "image", str, "Column that holds the pictures."),
         ("caption_column", "text", str, "Column that holds a caption, or a list of captions."),
@@ -190,12 +198,12 @@ FLAGS = {
         ("local_rank local-rank", -1, integer(-1), "Passed by launchers; must equal LOCAL_RANK."),
     ],
     "checkpoints": [
-        ("output_dir", "sd-naruto-model", str, "Folder for the trained pipeline, checkpoints, samples and logs."),
+        ("output_dir", "sd-naruto-model", PATH, "Folder for the trained pipeline, checkpoints, samples and logs."),
         ("overwrite_output_dir", False, bool,
          "Delete the run that the output folder already holds (not its logs), once every check has passed."),
         ("checkpointing_steps", 500, integer(1), "Steps between two checkpoints."),
         ("checkpoints_total_limit", None, integer(1), "Checkpoints to keep; the oldest go. Default: all of them."),
-        ("resume_from_checkpoint", None, str,
+        ("resume_from_checkpoint", None, PATH,
          "Go on from a checkpoint: its folder, its name in the output folder (checkpoint-500), or latest."),
         ("dry_run", False, bool, "Run every check, print the plan of the run, and stop."),
     ],
@@ -214,7 +222,7 @@ FLAGS = {
         ("report_to", "swanlab", choice("swanlab", "tensorboard", "wandb", "none"),
          "Where metrics and sample images go."),
         ("tracker_project_name", "SD-Naruto", str, "Name of the project in the tracker."),
-        ("logging_dir", "logs", str, "Folder inside the output folder for the tracker's files."),
+        ("logging_dir", "logs", PATH, "Folder inside the output folder for the tracker's files."),
     ],
 }
 # fmt: on
@@ -450,6 +458,10 @@ def resolve_data(args, given, problems):
         problems.append(f"--train_data_dir {Path(name or '', folder)}: no such folder")
     if name is not None and is_local(name) and not os.path.isdir(name):
         problems.append(f"--dataset_name {name}: no such folder (a Hub data set is written owner/name)")
+    elif name is not None and re.search(r"[\[\]*?]|::", name):
+        problems.append(
+            f"--dataset_name {name}: to datasets, []*? and :: in a path are patterns; rename the folder"
+        )
     saved = name is not None and is_saved_dataset(name)
     if args.dataset_config_name is not None and (name is None or saved):
         problems.append(f"--dataset_config_name {args.dataset_config_name}: this folder has no configurations")
@@ -460,15 +472,10 @@ def resolve_data(args, given, problems):
 def resolve_output(args, problems, notices):
     """Find the checkpoint to resume from, and reject an unusable output folder."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    try:
-        output.exists()
-    except OSError as error:  # a name that is too long
-        problems.append(f"--output_dir {args.output_dir}: {error.strerror}")
-        return
     if wanted is not None:
-        if args.overwrite_output_dir:
+        args.resume_from_checkpoint = checkpoint = find_checkpoint(wanted, output, problems, notices)
+        if args.overwrite_output_dir and checkpoint is not None and output.resolve() in checkpoint.resolve().parents:
             problems.append("--overwrite_output_dir: would delete the run that --resume_from_checkpoint goes on with")
-        args.resume_from_checkpoint = find_checkpoint(wanted, output, problems, notices)
     dangling = output.is_symlink() and not output.exists()
     if not args.output_dir or dangling or any(path.is_file() for path in (output, *output.parents)):
         problems.append(f"--output_dir {args.output_dir}: must be a folder, new or existing")

@@ -128,6 +128,8 @@ def make_plan(args, saved, rows, accelerator):
 def check_plan(plan, saved, seed, rows, accelerator):
     """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs."""
     problems, warnings = sd_config.compare_disk(plan, saved.step if saved else 0)
+    if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
+        warnings.append(f"--lr_warmup_steps {plan.args.lr_warmup_steps}: the run ends before the warm-up does")
     if saved:
         now = plain_args(plan.args, accelerator) | {"seed": seed}
         differences, changes = sd_config.compare_runs(saved, plan, now, rows.fingerprint)
@@ -794,9 +796,11 @@ def create_accelerator(args):
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
-    except (ValueError, ImportError) as error:  # a precision that the device lacks, an incomplete launch
+    except (ValueError, ImportError, RuntimeError) as error:  # an unknown device, or a precision that the device lacks
         stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
     problems = []
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        problems.append(f"accelerate's configuration asks for {accelerator.mixed_precision}: only no, fp16 and bf16")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word.
         problems.append("--mixed_precision fp16: needs a GPU; bf16 and no also work on a CPU")
@@ -1037,6 +1041,7 @@ def load_rows(args, tokenizer, seed, accelerator):
         table = read_dataset(args)
     check_columns(table, args)
     table = table.select_columns([args.image_column, args.caption_column])
+    table = table.cast_column(args.image_column, datasets.Image())  # which decodes, whatever the data set says
     captions = [list_captions(caption) for caption in table[args.caption_column]]
     check_captions(captions, args.caption_column, tokenizer, accelerator)
     on_main = [read_pictures(table, args) if accelerator.is_main_process else None]
@@ -1075,7 +1080,8 @@ def read_dataset(args):
         else:
             table = datasets.load_dataset(name, args.dataset_config_name, data_dir=args.train_data_dir, **options)
     except Exception as error:  # the library raises many types of error
-        stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {error}"])
+        cause = f"{error} {error.__cause__ or ''}"
+        stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {cause}"])
     stop_if([f"{flag}: its train split is empty"] if len(table) == 0 else [])
     return table
 
@@ -1087,6 +1093,10 @@ def check_columns(table, args):
     stop_if([f"{flag} {name}: the columns are {columns}" for flag, name in flags.items() if name not in table.features])
     if not isinstance(feature, datasets.Image):
         stop_if([f"--image_column {args.image_column}: holds {feature}, not images"])
+    captions = table.features[args.caption_column]
+    dtype = getattr(getattr(captions, "feature", captions), "dtype", None)  # of a column of lists, what they hold
+    if isinstance(captions, datasets.ClassLabel) or dtype not in ("string", "large_string", "null"):
+        stop_if([f"--caption_column {args.caption_column}: holds {captions}, not text"])
 
 
 def check_captions(captions, column, tokenizer, accelerator):
@@ -1142,6 +1152,8 @@ def read_pictures(table, args):
             try:
                 to_rgb(table[numbers[0]][args.image_column])
                 return [""]
+            except MemoryError:
+                raise
             except Exception as error:  # a decoder may raise anything on a broken file
                 return [f"{type(error).__name__}: {error}"]
 
