@@ -459,9 +459,7 @@ def resolve_data(args, given, problems):
     if name is not None and is_local(name) and not os.path.isdir(name):
         problems.append(f"--dataset_name {name}: no such folder (a Hub data set is written owner/name)")
     elif name is not None and re.search(r"[\[\]*?]|::", name):
-        problems.append(
-            f"--dataset_name {name}: to datasets, []*? and :: in a path are patterns; rename the folder"
-        )
+        problems.append(f"--dataset_name {name}: to datasets, []*? and :: in a path are patterns; rename the folder")
     saved = name is not None and is_saved_dataset(name)
     if args.dataset_config_name is not None and (name is None or saved):
         problems.append(f"--dataset_config_name {args.dataset_config_name}: this folder has no configurations")

@@ -4,12 +4,14 @@ import collections
 import contextlib
 import importlib
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-# Before any library reads them: no network, no account, no cache but our own, and one thread, which for a tiny model
-# is the fastest.
+# Set before any library reads them: no network, no account, no cache but our own, and a single thread, because a tiny
+# model is trained fastest by one.
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HF_HOME.name, "SWANLAB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parent.parent
@@ -17,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/demo")]
 
 import sd_config
 
-with contextlib.redirect_stdout(None):  # pytest would print after its closing line what is said while it imports this
+with contextlib.redirect_stdout(None):  # otherwise pytest prints below its summary what this says
     sd_config.announce_imports()
 
 import accelerate
@@ -30,7 +32,9 @@ from PIL import Image
 import tiny_sd15
 
 trainer = importlib.import_module("train_sd1-5_naruto")
-del os.environ["DIFFUSERS_VERBOSITY"]  # scripts that tests start see to that themselves
+del os.environ["DIFFUSERS_VERBOSITY"]  # the scripts that tests start set it themselves
+# Two denoising steps are enough for validation pictures of which it does not matter what they show.
+DENOISING_STEPS, trainer.DENOISING_STEPS = trainer.DENOISING_STEPS, 2
 # The flags of the tutorial, as it writes them.
 TUTORIAL = """
   --use_ema \
@@ -55,15 +59,25 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-    """The folders of the tiny model and of the photographs."""
-    return tiny_sd15.build(tmp_path_factory.mktemp("assets"))
+    """The folders of the tiny model and of the photographs. The vocabulary is small, because each run reads it."""
+    return tiny_sd15.build(tmp_path_factory.mktemp("assets"), merges=1000)
+
+
+def command_line(assets, output, *flags, seed=7):
+    """The arguments of a run on a model and a data set. Of a flag that is given twice, the last counts."""
+    model, data = assets
+    named = {"pretrained_model_name_or_path": model, "train_data_dir": data, "output_dir": output, "seed": seed}
+    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    shared = ("--resolution=64", "--report_to=none", "--lr_warmup_steps=0", "--validation_prompts")
+    return [*given, *shared, *map(str, flags)]
 
 
 @pytest.fixture
 def train(assets, tmp_path, monkeypatch):
-    """A function that runs the trainer in this process.
+    """A function that runs the trainer in this process, with the flags given in addition to those of `command_line`.
 
-    It returns the output folder, what was logged (by step), and the trainer's `Run`.
+    It returns the output folder, what was logged (by step), and the trainer's `Run`. A data set that the flags name
+    needs `data=None`.
     """
 
     def run(*flags, output="run", model=assets[0], data=assets[1], seed=7):
@@ -79,19 +93,75 @@ def train(assets, tmp_path, monkeypatch):
         monkeypatch.setattr(accelerate.Accelerator, "log", record)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        argv = [
-            f"--pretrained_model_name_or_path={model}",
-            *([f"--train_data_dir={data}"] if data else []),
-            f"--output_dir={tmp_path / output}",
-            *([] if seed is None else [f"--seed={seed}"]),
-            *("--resolution=64", "--report_to=none", "--lr_warmup_steps=0", "--validation_prompts"),
-            *map(str, flags),  # of a flag given twice the last one counts
-        ]
-        trainer.main(sd_config.parse_args(argv))
+        trainer.main(sd_config.parse_args(command_line((model, data), tmp_path / output, *flags, seed=seed)))
         monkeypatch.setattr(trainer, "Run", original)
         return Result(tmp_path / output, dict(logs), runs[0] if runs else None)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def kept_runs():
+    """The runs that `train_once` has made for the tests of a file, by their arguments."""
+    return {}
+
+
+@pytest.fixture
+def train_once(train, kept_runs, tmp_path_factory):
+    """Like `train`, but all tests of a file share one run with the same arguments, and must leave it as it is."""
+
+    def run(*flags, **options):
+        key = (*flags, *options.items())
+        if key not in kept_runs:
+            kept_runs[key] = train(*flags, output=tmp_path_factory.mktemp("shared"), **options)
+        return kept_runs[key]
+
+    return run
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`torch.compile` changes nothing: torchao would have its AdamW compiled, which takes long on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def start(*command, folder, processes=1):
+    """Run Python with a `command` in `folder`, or in several `processes` on CPUs. Return exit code and output.
+
+    This waits until nobody holds the output any more, so that a process left over is noticed.
+    """
+    launcher, environment = [], {}
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *map(str, command)],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # which makes it the leader of a process group
+    )
+    try:
+        printed = process.communicate(timeout=300)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(process.communicate()[0])
+    return process.returncode, printed
+
+
+def only(items):
+    """The item of a list that must have exactly one."""
+    assert len(items) == 1, items
+    return items[0]
+
+
+def assert_says(message, says):
+    """A message begins with what stands before the first " … " of `says`, and contains the other parts."""
+    start, *rest = says.split(" … ")
+    assert message.startswith(start), message
+    assert all(part in message for part in rest), message
 
 
 def weights(folder, name="diffusion_pytorch_model.safetensors"):
@@ -100,7 +170,7 @@ def weights(folder, name="diffusion_pytorch_model.safetensors"):
 
 
 def difference(one, other, start):
-    """L2 distance of two trained sets of weights, over the length of the way that training has moved the second."""
+    """The L2 distance of two sets of trained weights, relative to how far training has moved the second one."""
     gap = sum((one[name].double() - other[name].double()).square().sum() for name in start)
     way = sum((other[name].double() - start[name].double()).square().sum() for name in start)
     assert way > 0
@@ -131,12 +201,25 @@ def assert_same_state(one, other):
 
 
 def samples(output):
-    """The validation pictures of an output folder by their names: pixels, and text but for the command."""
+    """The validation pictures of an output folder by their names: their pixels, and their text without the command."""
     images = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/*/*")}
     return {
         name: (image.tobytes(), {key: value for key, value in image.text.items() if key != "command"})
         for name, image in images.items()
     }
+
+
+def steps(output, *, check=True):
+    """The steps of the checkpoints in an output folder, ascending. With `check`, all of them must be whole."""
+    found = sd_config.checkpoints(output)
+    if check:
+        assert [sd_config.find_damage(folder) for folder in found] == [None] * len(found)
+    return [sd_config.step_of(folder) for folder in found]
+
+
+def files(folder):
+    """The names of all files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def litter(output):
@@ -145,6 +228,6 @@ def litter(output):
 
 
 def learned(result, *names):
-    """What a run logged of loss, rate and gradient norm, by step (its speed is never twice the same)."""
+    """What a run logged by step, without its speed, which is never the same twice."""
     names = names or ("train/loss", "train/lr", "train/grad_norm", "train/epoch")
     return {step: {name: values[name] for name in names} for step, values in result.logs.items() if names[0] in values}

@@ -1,9 +1,10 @@
-"""Three seams at which tests plant faults in the trainer. No other file of the tests knows the functions behind them.
+"""Three places at which tests plant faults in the trainer. Only this file knows the functions behind them.
 
 A fault is a function: it may raise, send a signal, wait, take notes, or change the tensors that it is given.
 """
 
 import importlib
+import itertools
 
 import sd_config
 
@@ -11,15 +12,15 @@ trainer = importlib.import_module("train_sd1-5_naruto")
 
 
 def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, while_saving=None):
-    """Have the trainer call faults of the caller's.
+    """Have the trainer call faults.
 
     Args:
-        set_attribute (callable): `monkeypatch.setattr` in a test. What the default does is never undone.
-        before_micro_batch (callable): called with (run, micro_batch), before each forward pass of the training itself.
+        set_attribute (callable): `monkeypatch.setattr` in a test. The default is never undone.
+        before_micro_batch (callable): called with (run, micro_batch), before each forward pass of the training.
             `run.step` is the number of steps done; `micro_batch` is a dictionary of tensors on the device.
-        after_step (callable): called with (run,), when the weights, the average and `run.step` have moved on.
-        while_saving (callable): called with (folder,), when the files of a checkpoint are written under its hidden
-            name, and its manifest is not.
+        after_step (callable): called with (run,), when weights, average and `run.step` are those after the step.
+        while_saving (callable): called with (folder,), when the files of a checkpoint have been written under its
+            hidden name, and its manifest has not.
     """
     if before_micro_batch:
         original_loss = trainer.micro_batch_loss
@@ -46,3 +47,14 @@ def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, wh
             original_write(folder)
 
         set_attribute(sd_config, "write_manifest", write_manifest)
+
+
+def plant_in_step(step, fault, set_attribute=setattr):
+    """Have the trainer call `fault` in the middle of a step: before the second of its micro-batches."""
+    calls = itertools.count()
+
+    def before_micro_batch(run, _micro_batch):
+        if run.step == step - 1 and next(calls) == 1:
+            fault()
+
+    plant(set_attribute, before_micro_batch=before_micro_batch)

@@ -1,4 +1,4 @@
-"""Bad inputs of every kind: each ends with exit code 2 and one message that names the flag or the row."""
+"""Bad inputs of every kind end with exit code 2 and one message, which names the flag or the row."""
 
 import collections
 import functools
@@ -7,30 +7,32 @@ import json
 import random
 import shutil
 
+import accelerate
 import datasets
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import save_file
 
 import sd_config
-from conftest import learned, trainer, weights
+from conftest import assert_says, learned, trainer, weights
 
 MODEL, DATA, RESUME = "--pretrained_model_name_or_path", "--train_data_dir", "--resume_from_checkpoint"
 STATE = "trainer_state.json"
-# Where an input can be met: before weights load, while they do, and by the loop.
+# When a bad input can be found: before weights are loaded, while they are (or rows are encoded), and by the loop.
 STAGES = EARLY, LOADING, TRAINING = "before weights", "weights", "training"
 FIRST_CALLS = {LOADING: "load_models", TRAINING: "train"}
-# `stage` is the last at which the input may be met. `prepare` is given the `Lab`, and returns the flags. Of each
-# message expected, the text before the first " … " begins it, and the others are in it; {here} is the test's folder.
+# `stage` is the last one at which the input may be found. `prepare` is given the `Lab`, and returns the flags. `says`
+# are the messages, as `assert_says` takes them. {here} stands for the folder of the test.
 Case = collections.namedtuple("Case", "stage prepare says")
-# Of four pictures, the row that a run with seed 7 and batches of one meets third.
+# Of four pictures, the row that a run with seed 7 and batches of one trains on in its third step.
 THIRD = trainer.permutation(7, 0, 4)[2]
 ROW = f"row {THIRD} ({{here}}/photos/{THIRD:02}.png)"
 
 
 class Malicious:
-    """An object whose pickle, where it is loaded, leaves a file called `executed`."""
+    """An object whose pickle makes a file called `executed` when it is loaded."""
 
     def __reduce__(self):
         return open, ("executed", "w")
@@ -56,23 +58,22 @@ UNDECODABLE = {
 class Lab:
     """What a case may use to make its input."""
 
-    def __init__(self, here, assets, shelf, train):
-        self.here, self.assets, self.shelf, self.train = here, assets, shelf, train
+    def __init__(self, here, assets, train, train_once, monkeypatch):
+        self.here, self.assets, self.train, self.train_once, self.patch = here, assets, train, train_once, monkeypatch
         self.model = assets[0]
 
     def copy_model(self):
-        """Have a base model of our own, to be broken."""
+        """Have the run train a copy of the base model, which may be broken, and return its folder."""
         self.model = shutil.copytree(self.assets[0], self.here / "model")
         return self.model
 
     def finished_run(self):
-        """Put a run of two steps where --output_dir expects one (it is trained once), and return its checkpoint."""
-        if not (self.shelf / "run").exists():
-            shutil.move(self.train("--max_train_steps=2", "--train_batch_size=1", "--use_ema").output, self.shelf)
-        return shutil.copytree(self.shelf / "run", self.here / "run") / "checkpoint-2"
+        """Put a run of two steps into the output folder, and return its checkpoint."""
+        run = self.train_once("--max_train_steps=2", "--train_batch_size=1", "--use_ema")
+        return shutil.copytree(run.output, self.here / "run") / "checkpoint-2"
 
     def pictures(self, captions=("a", "b", "c", "d"), contents=(), metadata=None):
-        """Write four pictures, or as many as there are `contents`, with captions or another `metadata` file."""
+        """Write four good pictures, or these `contents`, with these captions or this `metadata` file."""
         folder = self.here / "photos"
         folder.mkdir()
         for number, content in enumerate(contents or [GOOD] * 4):
@@ -82,25 +83,25 @@ class Lab:
         return f"{DATA}={folder}"
 
     def table(self, image=({"bytes": GOOD, "path": None},) * 2):
-        """Write a parquet file, whose pictures are given as bytes."""
+        """Write a parquet file with two good pictures, or with these (the column `image`)."""
         rows = datasets.Dataset.from_dict({"image": image, "text": ["a", "b"][: len(image)]})
         (self.here / "table").mkdir()
         rows.cast_column("image", datasets.Image()).to_parquet(self.here / "table/train.parquet")
         return "--dataset_name=table"
 
     def but(self, flags, how, file):
-        """Change a file of an input by `how`, and return its flags."""
+        """Change a file by `how`, and return the flags."""
         how(self.here / file)
         return flags
 
 
 def model(stage, file, how, *says):
-    """A case of a base model of which one file or folder was changed by `how`."""
+    """A case of a base model with one file or folder changed by `how`."""
     return Case(stage, lambda lab: lab.but("", how, lab.copy_model() / file), says)
 
 
-def data(prepare, *says):
-    """A case of a data set that must be met before weights load."""
+def early(prepare, *says):
+    """A case of a data set, or of the machine: it must be found before weights are loaded."""
     return Case(EARLY, prepare, says)
 
 
@@ -109,20 +110,20 @@ def third(content):
     return [content if number == THIRD else GOOD for number in range(4)]
 
 
-def undecodable(content, says, workers=0):
-    """A case of one picture, met in the third step."""
-    flags = f"--train_batch_size=1 --dataloader_num_workers={workers}"
-    return Case(TRAINING, lambda lab: f"{lab.pictures(contents=third(content))} {flags}", (f"{ROW}: … {says}",))
+def undecodable(content, says, flags="", stage=TRAINING):
+    """A case of a picture that cannot be decoded, which is found in the third step, or before the first."""
+    says = (f"{ROW}: … {says} … --skip_bad_rows",)
+    return Case(stage, lambda lab: f"{lab.pictures(contents=third(content))} --train_batch_size=1 {flags}", says)
 
 
 def resumed(stage, file, how, flags, *says):
-    """A case of a run that goes on from a checkpoint, of which one file or folder was changed by `how`."""
+    """A case of a run that is resumed from a checkpoint with one file or folder changed by `how`."""
 
     def prepare(lab):
         checkpoint = lab.finished_run()
         how(checkpoint / file)
         (checkpoint / "manifest.json").unlink()
-        sd_config.write_manifest(checkpoint)  # as if it had been written like this
+        sd_config.write_manifest(checkpoint)  # otherwise it would be found to be damaged
         return f"--max_train_steps=4 --train_batch_size=1 --use_ema {RESUME}=latest {flags}"
 
     return Case(stage, prepare, says)
@@ -172,7 +173,7 @@ def pickled(name):
 
 
 def own_code(path):
-    """Have a model's index name a class of a file that comes with the model."""
+    """Have the index name a class that is defined in a file of the model's own."""
     (path / "own_code.py").write_text("open('executed', 'w')\nclass UNet: pass\n", encoding="utf-8")
     change(["own_code", "UNet"], "unet")(path.parent / "model_index.json")
 
@@ -184,8 +185,18 @@ UNLOADED = f"{DATA} {{here}}/photos: cannot be loaded"
 UNREADABLE_ROW = "1 row(s) without a readable picture; --skip_bad_rows trains on the others"
 CONFIG, UNET = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 INDEX, SCHEDULER, TEXT_ENCODER = "model_index.json", "scheduler/scheduler_config.json", "text_encoder/model.safetensors"
-# What is loaded by one call raises errors of several kinds: here is one input of each kind, or of each message.
+# One input for each kind of error, and for each message.
 CASES = {
+    # The machine, and how it is used
+    "fp16 without a GPU": early(lambda lab: "--mixed_precision=fp16", "--mixed_precision fp16: needs a GPU"),
+    "launch unknown to accelerate": early(lambda lab: lab.patch.setenv("WORLD_SIZE", "2") or "", "WORLD_SIZE 2: "),
+    **{
+        f"configured for {kind.value}": early(
+            lambda lab, kind=kind: lab.patch.setattr(accelerate.Accelerator, "distributed_type", kind) or "",
+            "accelerate's configuration asks for … only plain data parallelism",
+        )
+        for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    },
     # Models, from their small files
     "unet's configuration broken": model(EARLY, CONFIG, text(BROKEN), UNLOADABLE),
     "unet's configuration impossible": model(EARLY, CONFIG, change(7, "norm_num_groups"), f"{IN_MODEL}7"),
@@ -195,8 +206,8 @@ CASES = {
     "text encoder's configuration broken": model(LOADING, "text_encoder/config.json", text(BROKEN), UNLOADABLE),
     "unet with code of its own": model(LOADING, "unet", own_code, f"{IN_MODEL}own_code"),
     "variant that is not there": Case(LOADING, lambda lab: "--variant=bf8", (f"{MODEL} … bf8",)),
-    "model that is not in the cache": Case(
-        EARLY, lambda lab: f"{MODEL}=owner/name", (f"{MODEL} owner/name: … or give a local folder",)
+    "model that is not in the cache": early(
+        lambda lab: f"{MODEL}=owner/name", f"{MODEL} owner/name: … or give a local folder"
     ),
     "tokenizer folder empty": model(
         EARLY, "tokenizer", lambda path: (remove(path), path.mkdir()), f"{IN_MODEL}its tokenizer lacks"
@@ -228,48 +239,55 @@ CASES = {
         LOADING, TEXT_ENCODER, pickled("pytorch_model.bin"), UNLOADABLE
     ),
     # Data sets
-    "empty split": data(lambda lab: lab.table(image=()), "--dataset_name table: … "),
-    "folder without pictures": data(lambda lab: f"{DATA}=empty", f"{DATA} empty: "),
-    "neither column": data(
+    "empty split": early(lambda lab: lab.table(image=()), "--dataset_name table: … "),
+    "folder without pictures": early(lambda lab: f"{DATA}=empty", f"{DATA} empty: "),
+    "neither column": early(
         lambda lab: f"{lab.table()} --image_column=picture --caption_column=caption",
         "--image_column picture: the columns are image, text",
         "--caption_column caption: the columns are image, text",
     ),
-    "broken parquet": data(
+    "broken parquet": early(
         lambda lab: lab.but(lab.table(), truncate, "table/train.parquet"), "--dataset_name table: cannot be loaded"
     ),
-    "saved data set without its rows": data(
+    "saved data set without its rows": early(
         lambda lab: lab.but("--dataset_name=empty", text('{"splits": ["train"]}'), "empty/dataset_dict.json"),
         "--dataset_name empty: cannot be loaded",
     ),
-    "metadata names a file that is not there": data(
+    "metadata names a file that is not there": early(
         lambda lab: lab.pictures(captions="abcde"),
         "row 4 ({here}/photos/04.png): the picture cannot be read: … No such file",
         UNREADABLE_ROW,
     ),
-    "metadata in another encoding": data(lambda lab: lab.pictures(metadata=b'{"file_name": "\xe9.png"}'), UNLOADED),
-    "metadata is no JSON": data(lambda lab: lab.pictures(metadata=BROKEN.encode()), UNLOADED),
-    "metadata without file names": data(lambda lab: lab.pictures(metadata=b'{"text": "a"}'), f"{UNLOADED} … file_name"),
-    "metadata is empty": data(lambda lab: lab.pictures(metadata=b""), UNLOADED),
-    "no metadata": data(
+    "metadata in another encoding": early(lambda lab: lab.pictures(metadata=b'{"file_name": "\xe9.png"}'), UNLOADED),
+    "metadata is no JSON": early(lambda lab: lab.pictures(metadata=BROKEN.encode()), UNLOADED),
+    "metadata without names": early(lambda lab: lab.pictures(metadata=b'{"text": "a"}'), f"{UNLOADED} … file_name"),
+    "metadata is empty": early(lambda lab: lab.pictures(metadata=b""), UNLOADED),
+    "no metadata": early(
         lambda lab: lab.but(lab.pictures(), remove, "photos/metadata.jsonl"),
         "--caption_column text: the columns are image",
     ),
-    "no caption": data(lambda lab: lab.pictures(["a", None, "c", "d"]), "--caption_column text: 1 row(s) … : 1"),
+    "no caption": early(lambda lab: lab.pictures(["a", None, "c", "d"]), "--caption_column text: 1 row(s) … : 1"),
     # Pictures' files
-    "empty file": data(lambda lab: lab.pictures(contents=third(b"")), f"{ROW}: the picture is empty", UNREADABLE_ROW),
-    "no picture in a row": data(
+    "empty file": early(lambda lab: lab.pictures(contents=third(b"")), f"{ROW}: the picture is empty", UNREADABLE_ROW),
+    "no picture in a row": early(
         lambda lab: lab.table(image=[{"bytes": GOOD, "path": None}, None]),
         "row 1: the picture is empty",
         UNREADABLE_ROW,
     ),
-    "none is readable": data(
+    "none is readable": early(
         lambda lab: f"{lab.table(image=[{'bytes': b'', 'path': None}] * 2)} --skip_bad_rows",
         "--skip_bad_rows: of 2 rows, 2 of them bad, none is left to train on",
     ),
+    "as many kept out of training as there are": early(
+        lambda lab: f"{lab.pictures()} --validation_samples=4",
+        "--validation_samples 4: of 4 rows, 0 of them bad, none is left to train on",
+    ),
     **{name: undecodable(*case) for name, case in UNDECODABLE.items()},
-    "truncated JPEG, met by a worker": undecodable(
-        UNDECODABLE["truncated JPEG"][0], "OSError: image file is truncated", workers=1
+    "truncated JPEG, read by a worker": undecodable(
+        JPEG[: len(JPEG) // 2], "OSError: image file is truncated", "--dataloader_num_workers=1"
+    ),
+    "truncated JPEG, encoded before training": undecodable(
+        JPEG[: len(JPEG) // 2], "OSError", "--center_crop --cache_latents=on", LOADING
     ),
     # Checkpoints
     "state that no trainer wrote": resumed(EARLY, STATE, text("{}"), "", f"{CHECKPOINT}: its {STATE}"),
@@ -292,29 +310,23 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory):
-    """A folder in which a trained run is kept, so that it need not be trained for every case."""
-    return tmp_path_factory.mktemp("shelf")
-
-
 @pytest.fixture
-def lab(tmp_path, assets, shelf, train, monkeypatch):
+def lab(tmp_path, assets, train, train_once, monkeypatch):
     """The `Lab` of a test, in its folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    return Lab(tmp_path, assets, shelf, train)
+    return Lab(tmp_path, assets, train, train_once, monkeypatch)
 
 
 def train_with(lab, given):
-    """Run the trainer with a case's flags; a data set that they name takes the place of the usual one."""
+    """Run the trainer with the flags of a case. A --dataset_name replaces the usual --train_data_dir."""
     named = "--dataset_name" in given
     return lab.train("--max_train_steps=4", *given.split(), model=lab.model, data=None if named else lab.assets[1])
 
 
 @pytest.fixture
 def stages(monkeypatch):
-    """A function that from its call on notes the stages that a run comes to."""
+    """A function that returns a list, in which the stages that a run comes to from then on are noted."""
 
     def watch():
         met = [EARLY]
@@ -348,9 +360,7 @@ def test_bad_input_is_one_message(lab, stages, capfd, case):
     lines = [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == len(case.says), err
     for line, says in zip(lines, case.says, strict=True):
-        start, *rest = says.format(here=lab.here).split(" … ")
-        assert line.startswith(start)
-        assert all(part in line for part in rest), line
+        assert_says(line, says.format(here=lab.here))
     assert STAGES.index(met[-1]) <= STAGES.index(case.stage)
     if case.stage == "training":
         last = lab.here / "run/checkpoint-2"
@@ -359,7 +369,7 @@ def test_bad_input_is_one_message(lab, stages, capfd, case):
 
 
 def test_bad_rows_are_skipped_once_they_are_known(lab, capfd, monkeypatch):
-    """The pictures that stop a run are left out with --skip_bad_rows, named, and remembered by the next run."""
+    """--skip_bad_rows leaves out, and names, the pictures that would stop a run. The next run knows them already."""
     faults = [says for _, says in UNDECODABLE.values()]
     contents = [content for content, _ in UNDECODABLE.values()]
     for number in (0, 3, 6):

@@ -1,4 +1,4 @@
-"""The command line: every flag and its default, every check and its message, and the plan that follows from them."""
+"""The command line: flags and their defaults, checks and their messages, checkpoints, and the plan of a run."""
 
 import argparse
 import ast
@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import sd_config
-from conftest import ROOT, TUTORIAL
+from conftest import ROOT, TUTORIAL, assert_says, only
 
-# Every flag by its default: those of the tutorial's script, and those that this trainer adds.
+# Every flag and its default. NONE and OFF are the flags with the default None or False.
 NONE = """
     revision variant dataset_config_name train_data_dir max_train_samples cache_dir seed max_train_steps snr_gamma
     non_ema_revision prediction_type mixed_precision checkpoints_total_limit resume_from_checkpoint
@@ -51,7 +51,7 @@ DEFAULTS = {
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 RESUME = "--resume_from_checkpoint"
 BASE, HUB = "--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# What lies in the folder of every test; the checkpoints are whole.
+# What is in the folder of every test. The checkpoints are whole.
 FILES = """
     file empty/other.txt photos/portraits/metadata.jsonl blocked/logs drawn/samples mine/README.md mine/vae/keep.txt
     saved/state.json saved/portraits/state.json saved_splits/dataset_dict.json exported/model_index.json
@@ -61,7 +61,7 @@ FILES = """
 
 
 def pipeline(folder):
-    """Make a folder that looks like a pipeline's from the outside."""
+    """Make a folder with the index and the subfolders of a pipeline."""
     for part in PARTS:
         (folder / part).mkdir(parents=True)
     index = {part: ["library", "Class"] for part in PARTS}
@@ -71,7 +71,7 @@ def pipeline(folder):
 
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
-    """Work beside a few small folders, and in no launcher's environment."""
+    """Each test has its own folder with `FILES` and two pipelines, and an environment without a launcher."""
     for file in FILES.split():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}", encoding="utf-8")
@@ -91,7 +91,7 @@ def world(tmp_path, monkeypatch):
 
 @pytest.fixture
 def accept(capsys):
-    """A function that parses flags, and returns them with the notices (without warm-up, of which one would speak)."""
+    """A function that parses flags, and returns them with the notices. Warm-up is off, or it would cause a notice."""
 
     def run(*flags):
         args = sd_config.parse_args(["--lr_warmup_steps=0", *flags])
@@ -105,7 +105,7 @@ def accept(capsys):
 
 @pytest.fixture
 def refuse(capsys):
-    """A function that parses flags which must end in exit code 2, and returns the problems named, one a line."""
+    """A function that parses flags, which must end with exit code 2, and returns the messages."""
 
     def run(*flags):
         with pytest.raises(SystemExit) as exit_info:
@@ -116,11 +116,6 @@ def refuse(capsys):
         return [line.removeprefix("error: ") for line in err.splitlines()]
 
     return run
-
-
-def only(items):
-    assert len(items) == 1, items
-    return items[0]
 
 
 # The flags
@@ -165,7 +160,7 @@ def test_defaults_can_be_edited_in_the_file(tmp_path, capsys):
 
 
 def test_defaults_are_on_the_hub_whatever_lies_in_the_folder(accept, tmp_path):
-    """An unpacked `stable-diffusion-v1-5` beside the scripts has the name of the Hub model's owner."""
+    """The tutorial unpacks the model into a folder with the name of the Hub model's owner."""
     for owner in ("stable-diffusion-v1-5", "lambdalabs"):
         (tmp_path / owner).mkdir()
     args = accept()[0]
@@ -182,7 +177,7 @@ def test_help_explains_every_flag(capsys):
 
 # Values that are refused
 
-# What is allowed, and values that are not.
+# What is allowed, as the message says it, and values that are not.
 BAD = {
     "at least -1": "local_rank=-2",
     "at least 0": """
@@ -261,15 +256,15 @@ def test_all_problems_are_reported_together(refuse):
     ],
 )
 def test_what_is_no_flag_is_named_and_corrected(refuse, flags, problem):
-    """An abbreviation is no flag either: it could come to mean another one."""
+    """An abbreviation is refused, too, because a new flag could make it ambiguous."""
     assert refuse(*flags.split()) == [problem]
 
 
 # Checks of several flags, the environment and the file system
 
-# What is no folder inside the output folder, or one that a run writes something else into.
+# These are not inside the output folder, or a run writes something else there.
 LOGS = ("", "/tmp/logs", "a/../../b", "samples/logs", "checkpoint-5")
-# Flags, what the message begins with, and what is in it.
+# Flags, the beginning of the message, and a part of it.
 REFUSED = [
     "--dream_training --prediction_type=v_prediction | --dream_training | epsilon only",
     "--lr_scheduler=polynomial --learning_rate=1e-7 | --learning_rate 1e-07 | above 1e-7",
@@ -314,21 +309,15 @@ REFUSED = [
     "--output_dir=mine --overwrite_output_dir | --output_dir mine | holds vae, README.md",
     "--output_dir= | --output_dir  | must be a folder",
     f"--output_dir=run {RESUME}=elsewhere/checkpoint-3 | --output_dir run | holds a run",
+    # Overwriting or exporting there would replace the README.md of the scripts.
+    f"--overwrite_output_dir --output_dir={shlex.quote(str(ROOT))} | --output_dir {ROOT} | is the folder of the script",
 ]
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(refuse, case):
     flags, names, says = case.split(" | ")
-    problem = only(refuse(*flags.split()))
-    assert problem.startswith(f"{names}:")
-    assert says in problem
-
-
-def test_output_among_the_scripts_is_refused(refuse):
-    """Overwriting and exporting would replace the README.md that lies there."""
-    problem = only(refuse(f"--output_dir={ROOT}", "--overwrite_output_dir"))
-    assert problem.startswith(f"--output_dir {ROOT}: is the folder of the scripts")
+    assert_says(only(refuse(*shlex.split(flags))), f"{names}: … {says}")
 
 
 ACCEPTED = [
@@ -352,7 +341,7 @@ def test_accepted_without_a_word(accept, flags):
     assert accept(*flags.split())[1] == []
 
 
-# Flags, what the notice begins with, and what is in it.
+# Flags, the beginning of the notice, and a part of it.
 NOTICED = [
     "--lr_warmup_steps=500 | --lr_warmup_steps 500 | constant_with_warmup",
     "--max_train_steps=5 --num_train_epochs=3 | --max_train_steps 5 | overrides --num_train_epochs 3",
@@ -368,9 +357,7 @@ NOTICED = [
 @pytest.mark.parametrize("case", NOTICED)
 def test_accepted_with_a_notice(accept, case):
     flags, name, says = case.split(" | ")
-    line = only(accept(*flags.split())[1])
-    assert line.startswith(f"note: {name}")
-    assert says in line
+    assert_says(only(accept(*flags.split())[1]), f"note: {name} … {says}")
 
 
 @pytest.mark.parametrize(
@@ -420,15 +407,6 @@ def test_micro_batches_as_large_as_fit_are_found_by_one_process_only(accept, ref
     assert accept("--train_batch_size=3")[0].micro_batch_size == 3
 
 
-def test_an_output_folder_has_one_trainer(tmp_path):
-    with sd_config.lock(tmp_path / "run"):
-        lock = "import pathlib, sys, sd_config; sd_config.lock(pathlib.Path(sys.argv[1]))"
-        command = [sys.executable, "-c", lock, str(tmp_path / "run")]
-        other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    said = f"error: --output_dir {tmp_path / 'run'}: another process is training into it\n"
-    assert (other.returncode, other.stderr) == (2, said)
-
-
 def test_old_model_id_is_mapped_with_a_notice(accept):
     args, notices = accept(f"{BASE}=runwayml/stable-diffusion-v1-5")
     assert args.pretrained_model_name_or_path == HUB
@@ -437,13 +415,14 @@ def test_old_model_id_is_mapped_with_a_notice(accept):
 
 
 def launch(monkeypatch, rank):
-    """Set what a launcher sets for a process of this rank."""
-    for name in ("RANK", "LOCAL_RANK"):
+    """Set what a launcher sets for a process of this rank. Without a launcher (None), nothing is set."""
+    for name in ("RANK", "LOCAL_RANK") if rank is not None else ():
         monkeypatch.setenv(name, rank)
 
 
 @pytest.mark.parametrize(
-    ("launched", "flag", "rank"), [("0", "--local-rank=0", 0), ("1", "--local_rank=-1", 1), ("1", "--local_rank=1", 1)]
+    ("launched", "flag", "rank"),
+    [("0", "--local-rank=0", 0), ("1", "--local_rank=-1", 1), ("1", "--local_rank=1", 1), (None, "--local_rank=0", -1)],
 )
 def test_local_rank_comes_from_the_launcher(accept, monkeypatch, launched, flag, rank):
     launch(monkeypatch, launched)
@@ -453,9 +432,10 @@ def test_local_rank_comes_from_the_launcher(accept, monkeypatch, launched, flag,
 @pytest.mark.parametrize(
     ("launched", "flag", "says"),
     [
-        ("1", "--local_rank=0", "--local_rank 0: LOCAL_RANK is 1"),  # though only the first process says the rest
+        ("1", "--local_rank=0", "--local_rank 0: LOCAL_RANK is 1"),  # of other problems, only the first process speaks
         ("", "--local_rank=-1", "LOCAL_RANK '': a launcher sets it"),
         ("one", "--local_rank=-1", "LOCAL_RANK 'one': a launcher sets it"),
+        (None, "--local_rank=2", "--local_rank 2: LOCAL_RANK is not set"),
     ],
 )
 def test_local_rank_must_be_that_of_the_launcher(refuse, monkeypatch, launched, flag, says):
@@ -463,12 +443,7 @@ def test_local_rank_must_be_that_of_the_launcher(refuse, monkeypatch, launched, 
     assert only(refuse(flag)).startswith(says)
 
 
-def test_without_a_launcher_there_is_no_rank(accept, refuse):
-    assert accept("--local_rank=0")[0].local_rank == -1
-    assert only(refuse("--local_rank=2")).startswith("--local_rank 2: LOCAL_RANK is not set")
-
-
-def test_a_distributed_launch_speaks_with_one_voice(accept, refuse, monkeypatch):
+def test_only_the_first_process_prints_problems_and_notices(accept, refuse, monkeypatch):
     for rank, lines in (("0", 1), ("1", 0)):
         launch(monkeypatch, rank)
         assert len(refuse("--seed=-1")) == len(accept("--lr_warmup_steps=5")[1]) == lines
@@ -486,7 +461,7 @@ def test_a_distributed_launch_speaks_with_one_voice(accept, refuse, monkeypatch)
         ("run", "latest", "run/checkpoint-10"),
         ("new", "elsewhere/checkpoint-3", "elsewhere/checkpoint-3"),
         ("new", "{here}/elsewhere/best/", "elsewhere/best"),
-        ("linked", "latest", "elsewhere/checkpoint-3"),  # on another disk, but of this run
+        ("linked", "latest", "elsewhere/checkpoint-3"),  # a link, as to another disk, counts as in the folder
     ],
 )
 def test_checkpoint_is_found(accept, tmp_path, output, given, found):
@@ -497,7 +472,7 @@ def test_checkpoint_is_found(accept, tmp_path, output, given, found):
 
 def test_latest_passes_over_what_is_no_whole_checkpoint(accept, tmp_path):
     run = tmp_path / "run"
-    for name in ("checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):  # whole, but no names of checkpoints
+    for name in ("checkpoint-old", ".checkpoint-100", "checkpoint-12.bak"):  # whole, but not named like checkpoints
         shutil.copytree(run / "checkpoint-9", run / name)
     for name in ("checkpoint-98", "checkpoint-99"):
         (run / name).mkdir()
@@ -509,31 +484,27 @@ def test_latest_passes_over_what_is_no_whole_checkpoint(accept, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff\xfe", b"{}"])
 def test_unreadable_state_is_a_message(tmp_path, capsys, content):
+    """It names the entries that are missing."""
     file = tmp_path / "run/checkpoint-9/trainer_state.json"
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(SystemExit) as exit_info:
         sd_config.read_state("run/checkpoint-9", "--checkpoint")
     assert exit_info.value.code == 2
+    missing = [f"'{field.name}'" for field in dataclasses.fields(sd_config.TrainerState) if content == b"{}"]
     says = "error: --checkpoint run/checkpoint-9: its trainer_state.json cannot be read: "
-    assert capsys.readouterr().err.startswith(says)
+    assert_says(capsys.readouterr().err, " … ".join([says, *missing]))
 
 
-def test_state_is_read_as_it_was_written_but_for_what_later_versions_add(tmp_path, capsys):
-    names = [field.name for field in dataclasses.fields(sd_config.TrainerState)]
-    state, folder = sd_config.TrainerState(*range(len(names))), tmp_path / "run/checkpoint-9"
+def test_state_is_read_as_it_was_written_without_what_later_versions_add(tmp_path):
+    fields = dataclasses.fields(sd_config.TrainerState)
+    state, folder = sd_config.TrainerState(*range(len(fields))), tmp_path / "run/checkpoint-9"
     sd_config.write_state(state, folder)
     file = folder / "trainer_state.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(saved | {"of_a_later_version": 1}), encoding="utf-8")
     assert sd_config.read_state(folder) == state
-    file.write_text("{}", encoding="utf-8")
-    with pytest.raises(SystemExit):
-        sd_config.read_state(folder)
-    line = capsys.readouterr().err
-    assert line.startswith(f"error: {RESUME} {folder}: its trainer_state.json cannot be read: ")
-    assert all(f"'{name}'" in line for name in names)
 
 
 # Damaged checkpoints
@@ -543,7 +514,7 @@ UNREADABLE = "manifest.json or what it lists cannot be read: "
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A sealed checkpoint of several files of 15 bytes each, the last one of its run."""
+    """The last checkpoint of `run`, which is whole, and whose files have 15 bytes each."""
     folder = tmp_path / "run/checkpoint-10"
     shutil.rmtree(folder)
     for name in ("optimizer.pt", "trainer_state.json", "unet/model.safetensors"):
@@ -617,7 +588,7 @@ def test_folder_in_the_place_of_a_file_is_damage(checkpoint):
     assert "manifest.json" in sd_config.find_damage(checkpoint / "trainer_state.json")
 
 
-def test_seal_has_everything_on_disk(checkpoint, monkeypatch):
+def test_with_its_manifest_all_of_a_checkpoint_is_flushed_to_disk(checkpoint, monkeypatch):
     flushed, original = set(), os.fsync
 
     def fsync(descriptor):
@@ -636,7 +607,7 @@ RESUMED = f"--num_train_epochs=3 --output_dir=run {RESUME}=latest"
 
 
 def compare(flags="", **changes):
-    """What is said of a run of 32 rows that goes on from a checkpoint, whose state was changed."""
+    """Return the problems and the warnings of a run of 32 rows that goes on from a checkpoint with a changed state."""
     args = sd_config.parse_args(RESUMED.split() + flags.split())
     plan = sd_config.Plan(args, rows=32, processes=1, parameters=1)
     state = dict.fromkeys(field.name for field in dataclasses.fields(sd_config.TrainerState))
@@ -657,6 +628,7 @@ COSINE = {"args": {"lr_scheduler": "cosine"}, "max_steps": 4}
         ("", {"effective_batch": 8}, PROBLEM, "--gradient_accumulation_steps x processes: 16 here, but 8 in the run"),
         ("", {"data": "def"}, PROBLEM, "fingerprint of the data set: abc here, but def in the run"),
         ("--max_train_samples=5", {}, PROBLEM, "--max_train_samples: 5 here, but None in the run"),
+        ("--validation_samples=3", {}, PROBLEM, "--validation_samples: 3 here, but 0 in the run"),
         ("", {"args": {"use_8bit_adam": True}}, PROBLEM, "--use_8bit_adam (which --low_memory sets): False here, but"),
         ("--use_ema", {}, PROBLEM, "--use_ema: True here, but False in the run"),
         ("", {"step": 7}, PROBLEM, "--max_train_steps 6: the checkpoint is already at step 7"),
@@ -681,7 +653,7 @@ def test_what_changes_nothing_is_not_spoken_of():
 
 
 def test_every_flag_is_known_to_change_the_training_or_not_to():
-    """A new flag must be put on one of these lists: otherwise a resumed run would change without a word."""
+    """A new flag must be added to one of these lists, so that a resumed run does not change without a warning."""
     neutral = """
         non_ema_revision cache_dir dataset_name dataset_config_name train_data_dir image_column caption_column
         dataloader_num_workers num_train_epochs max_train_steps gradient_checkpointing
@@ -743,7 +715,7 @@ def test_plan_saves_and_validates(flags, saves, validates):
 
 @pytest.mark.parametrize(("limit", "kept", "together"), [(2, 2, 27.50), (30, 30, 412.57), (31, 30, 412.57)])
 def test_plan_says_what_the_checkpoints_weigh(limit, kept, together):
-    """The tutorial's run, of SD1.5's UNet: float32 weights, two moments, and the EMA."""
+    """These are the sizes of the tutorial's run, with SD1.5's UNet: weights, two moments and the average in float32."""
     flags = f"--max_train_steps=15000 --use_ema --checkpoints_total_limit={limit}"
     plan = plan_of(flags, rows=1221, parameters=859_520_964)
     assert f"30, {kept} of them kept: 13.75 GB each, {together:.2f} GB in all" in str(plan)
@@ -756,7 +728,7 @@ def test_plan_counts_the_checkpoints_still_due(interval):
         assert plan.saves_from(step) == sum(map(plan.saves_after, range(step + 1, 19))), step
 
 
-def test_plan_knows_the_memory_of_what_is_trained():
+def test_plan_knows_the_memory_of_what_is_trained(monkeypatch):
     plan = plan_of("--use_ema", rows=32, parameters=250_000_000)
     assert plan.memory == {"weights": 10**9, "gradients": 10**9, "optimizer state": 2 * 10**9, "EMA": 10**9}
     assert (plan.checkpoint_bytes, plan.export_bytes) == (4 * 10**9, 2 * 10**9)
@@ -764,6 +736,11 @@ def test_plan_knows_the_memory_of_what_is_trained():
     plan = plan_of("--use_8bit_adam", rows=32, parameters=250_000_000)
     assert (plan.memory["optimizer state"], plan.memory["EMA"]) == (5 * 10**8, 0)
     assert (plan.checkpoint_bytes, plan.export_bytes) == (15 * 10**8, 10**9)
+    monkeypatch.setattr(sd_config, "FROZEN_BYTES", 5)
+    plan = plan_of("--low_memory --use_ema", rows=32, parameters=10**9)
+    sizes = {"weights": 2, "gradients": 2, "optimizer state": 2, "EMA (host)": 4}
+    assert plan.memory == {name: size * 10**9 for name, size in sizes.items()}
+    assert (plan.checkpoint_bytes, plan.export_bytes) == (8 * 10**9, 6 * 10**9 + 5)
 
 
 def test_export_has_the_frozen_parts_of_a_local_model(tmp_path):
@@ -806,8 +783,8 @@ def test_command_of_the_tutorial_fills_a_disk_with_a_warning(disk):
 
 TEN = "--max_train_steps=1000 --checkpointing_steps=100"
 LATEST = f"{RESUME}=latest --output_dir=run"
-# What is to be written, from which step on, and the gigabytes that it takes at least, and in all. A checkpoint has
-# 3 GB here, an export 1 GB. The folder `run` has two checkpoints.
+# Flags, the step from which a run goes on, and how many gigabytes it then writes at least, and in all. A checkpoint has
+# 3 GB, and an export 1 GB. The folder `run` has two checkpoints.
 ROOM = {
     "all of ten": (TEN, 0, 7, 31),
     "only the last, besides the one that it replaces": (f"{TEN} --checkpoints_total_limit=1", 0, 7, 7),
@@ -849,8 +826,8 @@ def test_more_than_100_gigabytes_are_warned_of_where_they_fit(disk, steps, warne
 @pytest.mark.parametrize(
     ("flags", "file", "counts"),
     [
-        ("--output_dir=new", "new/.checkpoint-5/unet/half", True),
-        ("--output_dir=new", "new/.export/unet/half", True),
+        ("--output_dir=new", f"new/{sd_config.OWN}/checkpoint-5/unet/half", True),
+        ("--output_dir=new", f"new/{sd_config.OWN}/export/unet/half", True),
         ("--output_dir=run --overwrite_output_dir", "run/README.md", True),
         ("--output_dir=run --overwrite_output_dir", "run/mine/large", False),
     ],

@@ -1,7 +1,7 @@
-"""For each flag a test that fails if the flag is ignored: here, or where what it does is tested in full.
+"""The flags that no other file tests: each of these tests fails if its flag is ignored.
 
-The oracle trains with the flags of the loss and of the learning rate; batches and steps are counted in test_config.py;
-crops, flips and dropped captions are seen in test_stream.py, checkpoints in test_saving.py and test_crash.py.
+test_oracle.py has the flags of the loss and of the learning rate, test_config.py those of batches and steps,
+test_stream.py those of crops, flips and captions, test_saving.py and test_crash.py those of checkpoints.
 """
 
 import json
@@ -23,35 +23,13 @@ from conftest import ROOT, assert_same, trainer, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-4")
 FROZEN = ("--train_batch_size=1", "--max_train_steps=1", "--learning_rate=0")
+ADAM = ("--adam_beta1=0.5", "--adam_beta2=0.9", "--adam_weight_decay=0.5", "--adam_epsilon=1e-3", "--use_8bit_adam")
 
 
-@pytest.fixture(scope="module")
-def once():
-    """What is computed once for all tests of this file, by its name."""
-    return {}
-
-
-@pytest.fixture
-def plain(train, once, tmp_path_factory):
-    """A run of `SHORT` with no other flags."""
-    if "plain" not in once:
-        once["plain"] = train(*SHORT, output=tmp_path_factory.mktemp("plain"))
-    return once["plain"]
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--image_interpolation_mode=nearest",
-        "--scale_lr",
-        "--adam_beta1=0.5",
-        "--adam_beta2=0.9",
-        "--adam_weight_decay=0.5",
-        "--adam_epsilon=1e-3",
-    ],
-)
-def test_flag_changes_what_is_trained(train, plain, flag):
-    one, other = (weights(run.output / "unet") for run in (plain, train(*SHORT, flag)))
+@pytest.mark.parametrize("flag", [*ADAM, "--scale_lr", "--image_interpolation_mode=nearest"])
+@pytest.mark.usefixtures("uncompiled")
+def test_flag_changes_what_is_trained(train, train_once, flag):
+    one, other = (weights(run.output / "unet") for run in (train_once(*SHORT), train(*SHORT, flag)))
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
@@ -66,7 +44,7 @@ def test_every_flag_is_read():
 
 @pytest.fixture(scope="module")
 def hub(assets, tmp_path_factory):
-    """A cache of the Hub as its client leaves it, with acme/tiny: `main`, and a revision `v` in which all differs."""
+    """A cache like that of the Hub's client, with the model acme/tiny, and a revision `v` that differs from `main`."""
     cache = tmp_path_factory.mktemp("cache")
     for index, revision in enumerate(("main", "v")):
         commit = str(index) * 40
@@ -90,7 +68,7 @@ def hub(assets, tmp_path_factory):
 
 
 def scale_of(run, assets, part="unet"):
-    """By what factor the weights that a run loaded differ from the tiny model's (a rate of 0 does not move them)."""
+    """The factor between the weights that a run of rate 0 has exported, and so has loaded, and the tiny model's."""
     name = next(name for name, value in weights(assets[0] / part).items() if value.abs().min() > 0)
     return (weights(run.output / part)[name].float() / weights(assets[0] / part)[name]).median().item()
 
@@ -104,7 +82,7 @@ def scale_of(run, assets, part="unet"):
     ],
 )
 def test_flags_of_the_base_model(train, hub, assets, flag, unet, vae, prediction_type):
-    """They, and --cache_dir, reach UNet, VAE, and the scheduler both trained with and exported."""
+    """They, and --cache_dir, decide which UNet, VAE and scheduler are trained with and exported."""
     run = train(*FROZEN, hub, flag, model="acme/tiny")
     assert scale_of(run, assets) == pytest.approx(unet, rel=1e-3)
     assert scale_of(run, assets, "vae") == pytest.approx(vae, rel=1e-3)
@@ -117,7 +95,7 @@ def test_flags_of_the_base_model(train, hub, assets, flag, unet, vae, prediction
 
 @pytest.fixture(scope="module")
 def data(assets, tmp_path_factory):
-    """A folder of data sets, each in another form."""
+    """A folder with data sets of every form."""
     folder = tmp_path_factory.mktemp("data")
     rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
     for name, count in (("plain", 14), ("nested", 14), ("nested/part", 5), ("configs/few", 3), ("configs/many", 9)):
@@ -147,7 +125,7 @@ def test_flags_of_the_data(train, data, monkeypatch, flags, count):
 
 
 def test_flag_skip_bad_rows(train, assets, tmp_path, capsys):
-    """A subset loses its bad rows to the next ones, and keeps its order."""
+    """In a subset, other rows take the place of the bad ones, and the order of the rest stays."""
     photos = shutil.copytree(assets[1], tmp_path / "photos")
     broken = json.loads((photos / "metadata.jsonl").read_text().splitlines()[3])["file_name"]
     (photos / broken).write_bytes((photos / broken).read_bytes()[:400])
@@ -157,31 +135,12 @@ def test_flag_skip_bad_rows(train, assets, tmp_path, capsys):
     assert run.run.stream.rows.kept == [number for number in order if number != 3][:12] != sorted(order)[:12]
 
 
-def test_flag_dataloader_num_workers(train, monkeypatch):
-    loaders, original = [], trainer.create_loader
-    monkeypatch.setattr(trainer, "create_loader", lambda run: loaders.append(original(run)) or loaders[-1])
-    train(*FROZEN, "--dataloader_num_workers=1")
-    assert loaders[0].num_workers == 1
-
-
 # -- optimisation, memory and speed ----------------------------------------------------------------------------
 
 
-def test_flag_use_8bit_adam(train, monkeypatch):
-    from torchao.optim import AdamW8bit  # noqa: PLC0415 (slow)
-
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)  # it takes minutes on a CPU
-    run = train(*SHORT, "--use_8bit_adam", "--checkpointing_steps=1", "--lr_scheduler=linear")
-    assert isinstance(run.run.optimizer.adamw.optimizer, AdamW8bit)
-    checkpoint = f"--resume_from_checkpoint={run.output / 'checkpoint-1'}"
-    resumed = train(*SHORT, "--use_8bit_adam", "--lr_scheduler=linear", checkpoint, output="resumed")
-    assert_same(weights(run.output / "unet"), weights(resumed.output / "unet"))
-    assert resumed.logs[2]["train/lr"] == run.logs[2]["train/lr"] == pytest.approx(5e-5)
-
-
-def test_flags_of_speed_and_memory(train, plain, monkeypatch):
-    """Each reaches what it is about. What a network that is compiled trains is compared in test_compile.py."""
-    compiled = []
+def test_flags_of_speed_and_memory(train, train_once, monkeypatch):
+    """They do not change what is trained. (test_compile.py compares what a network that is compiled trains.)"""
+    plain, compiled = train_once(*SHORT), []
     monkeypatch.setattr(torch, "compile", lambda network, **options: compiled.append((network, options)) or network)
     assert plain.run.network is plain.run.unet
     assert not plain.run.unet.is_gradient_checkpointing
@@ -197,7 +156,7 @@ def test_flags_of_speed_and_memory(train, plain, monkeypatch):
 
 
 def test_flag_enable_xformers_memory_efficient_attention(train, monkeypatch):
-    """From the first training step on, and not from the first validation."""
+    """It is enabled before the first step, and not only by the first validation."""
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     sys.modules["xformers"].__spec__ = types.SimpleNamespace()
     events = []
@@ -212,9 +171,8 @@ def test_flag_enable_xformers_memory_efficient_attention(train, monkeypatch):
 # -- checkpoints -----------------------------------------------------------------------------------------------
 
 
-def test_flag_overwrite_output_dir(train, monkeypatch):
-    """What the old run wrote goes (but for its logs), and nothing else."""
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
+def test_flag_overwrite_output_dir(train):
+    """What the old run wrote is deleted, and nothing else."""
     first = train(*FROZEN, "--max_train_steps=2", "--checkpointing_steps=1", "--validation_prompts=a cat")
     (first.output / "notes.txt").write_text("mine")
     second = train(*FROZEN, "--overwrite_output_dir")
@@ -224,7 +182,7 @@ def test_flag_overwrite_output_dir(train, monkeypatch):
 
 
 def test_flag_dry_run(train, capsys):
-    """Every check and the plan, but no weights are loaded and nothing is written."""
+    """The plan is printed after every check, but no weights are loaded and nothing is written."""
     result = train("--train_batch_size=4", "--max_train_steps=10", "--checkpointing_steps=4", "--dry_run", "--use_ema")
     assert result.run is None
     assert not result.output.exists()
@@ -245,7 +203,7 @@ def test_flag_dry_run(train, capsys):
     ],
 )
 def test_flag_cache_latents(monkeypatch, tmp_path, flags, kept):
-    """`auto` encodes once where that changes nothing, pays, and fits on the disk."""
+    """`auto` encodes once if the crop is fixed, a picture is used more than once, and the disk has room."""
     usual = (f"--output_dir={tmp_path / 'new'}", "--train_batch_size=14", "--max_train_steps=2")
 
     def plan(free):
@@ -259,14 +217,7 @@ def test_flag_cache_latents(monkeypatch, tmp_path, flags, kept):
     assert bool(plan(free=needed - 1).encoded) == ("--cache_latents=on" in flags)
 
 
-# -- validation and logging --------------------------------------------------------------------------------------
-
-
-def test_flag_validation_prompts(train, monkeypatch):
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
-    run = train(*FROZEN, "--validation_prompts", "a cat", "Ein Hut, groß!")
-    names = sorted(path.name for path in (run.output / "samples/step-1").iterdir())
-    assert names == ["0-a-cat.png", "1-ein-hut-groß.png", "grid.png"]
+# -- logging -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -274,11 +225,10 @@ def test_flag_validation_prompts(train, monkeypatch):
     [("none", None), ("swanlab", "run-*/*.swanlab"), ("tensorboard", "other/events.out*"), ("wandb", None)],
 )
 def test_flags_of_the_tracker(train, monkeypatch, name, file):
-    """Each tracker gets the metrics and the captioned pictures; none gets nothing."""
+    """A tracker gets metrics and captioned pictures, in the folder and project that the flags name."""
     if name == "wandb":
         monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
         monkeypatch.setattr("accelerate.tracking._available_trackers", [accelerate.utils.LoggerType.WANDB])
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
     flags = (f"--report_to={name}", "--tracker_project_name=other", "--logging_dir=journal/new")
     run = train(*FROZEN, *flags, "--validation_prompts=a cat")
     assert [tracker.name for tracker in run.run.accelerator.trackers] == ([] if name == "none" else [name])
@@ -295,7 +245,7 @@ def test_flags_of_the_tracker(train, monkeypatch, name, file):
 
 
 def fake_wandb():
-    """As much of wandb as is called: an installed one would want an account, or a server."""
+    """As much of wandb as the trainer calls. The real one would need an account or a server."""
     module, run = types.ModuleType("wandb"), types.SimpleNamespace(logged=[], finish=lambda: None)
     module.__spec__ = types.SimpleNamespace()
     run.log = lambda values, step=None, **kwargs: run.logged.append((values, step))

@@ -1,4 +1,4 @@
-"""Pictures from prompts: what each flag changes, what the PNG says, and what is refused before anything is loaded."""
+"""Pictures from prompts: what each flag changes, what is in the text of a PNG, and which flags are refused."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from PIL import Image
 import infer
 import sd_config
 import tiny_sd15
+from conftest import assert_says, only
 
 PROMPT = "Lebron James with a hat"
 SCHEDULERS = {
@@ -29,12 +30,12 @@ SHORT = ("--train_batch_size=2", "--max_train_steps=1", "--learning_rate=1e-3")
 
 
 class Reached(BaseException):
-    """Raised in place of loading a pipeline: not an exception, all of which are taken for something wrong with it."""
+    """Raised in place of loading a pipeline. (An `Exception` would be taken for a pipeline that cannot be loaded.)"""
 
 
 @pytest.fixture
 def draw(assets, tmp_path, monkeypatch):
-    """A function that runs infer.py in this process, in an empty folder, and returns the pictures it wrote."""
+    """A function that runs infer.py in this process, in an empty folder, and returns the pictures."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, model=assets[0], seed=5):
@@ -53,7 +54,7 @@ def draw(assets, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
-    """A function that runs infer.py, which must end in exit code 2, and returns the problems named, one a line."""
+    """A function that runs infer.py, which must end with exit code 2, and returns the messages."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, load=False):
@@ -68,43 +69,30 @@ def refuse(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="module")
-def once():
-    """What is computed once for all tests of this file, by its name."""
-    return {}
+@pytest.fixture
+def plain(draw, kept_runs):
+    """The picture that no flags but those of `draw` make. It is drawn once for all tests."""
+    if "plain" not in kept_runs:
+        kept_runs["plain"] = only(draw())
+    return kept_runs["plain"]
 
 
 @pytest.fixture
-def plain(draw, once):
-    """The picture that no flags but those of `draw` make."""
-    if "plain" not in once:
-        once["plain"] = only(draw())
-    return once["plain"]
-
-
-@pytest.fixture
-def checkpoint(train, once, tmp_path_factory):
-    """A function that returns the checkpoint of a run with some flags, which is trained once and must stay as it is."""
-
-    def folder(*flags):
-        if flags not in once:
-            output = train(*SHORT, *flags, output=tmp_path_factory.mktemp("run")).output
-            once[flags] = sd_config.checkpoints(output)[-1]
-        return once[flags]
-
-    return folder
+def checkpoint(train_once):
+    """A function that returns the last checkpoint of a run with some flags, which must stay as it is."""
+    return lambda *flags: sd_config.checkpoints(train_once(*SHORT, *flags).output)[-1]
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Another base model."""
     folder = tmp_path_factory.mktemp("other")
-    tiny_sd15.build_model(folder, seed=1)
+    tiny_sd15.build_model(folder, seed=1, merges=1000)
     return folder
 
 
 def with_state(checkpoint, folder, **changes):
-    """A copy of a checkpoint, in `folder`, whose state is another."""
+    """Copy a checkpoint to `folder`, with changes to its state."""
     shutil.copytree(checkpoint, folder)
     state = vars(sd_config.read_state(folder)) | changes
     (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -128,15 +116,10 @@ def reference(model, unet=None, **scheduler):
 
 
 def command(text):
-    """The command line that a PNG's text asks for, to draw it again as again.png."""
+    """The flags, according to the text of a PNG, that draw it again as again.png."""
     flags = dict(text)
     flags["scheduler"] = next(name for name, cls in SCHEDULERS.items() if cls == flags["scheduler"])
     return [*(f"--{name}={value}" for name, value in flags.items()), "--output=again.png"]
-
-
-def only(items):
-    assert len(items) == 1, items
-    return items[0]
 
 
 # The flags
@@ -174,14 +157,14 @@ def test_flag_changes_the_picture_and_is_in_its_text(draw, plain, flag, value):
 
 
 def test_model_path_chooses_the_model(draw, plain, assets, other):
-    """And the picture is the one that diffusers draws."""
+    """The picture is the one that diffusers draws."""
     assert only(draw(model=other)).pixels == reference(other) != reference(assets[0]) == plain.pixels
     assert [plain.text[name] for name in ("model_path", "dtype", "device")] == [str(assets[0]), "fp32", "cpu"]
 
 
 @pytest.mark.parametrize(("name", "used"), SCHEDULERS.items())
 def test_every_scheduler_loads_and_is_in_the_text(draw, monkeypatch, name, used):
-    """One draws here, and two in `test_picture_can_be_drawn_again_from_its_text`."""
+    """To save time, only one draws here, and two others in `test_picture_can_be_drawn_again_from_its_text`."""
     assert infer.SCHEDULERS.keys() == SCHEDULERS.keys()
     if name != "dpm++":
         monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
@@ -281,7 +264,7 @@ def test_model_path_overrides_the_base_of_a_checkpoint(checkpoint, draw, refuse,
 
 
 def test_base_is_loaded_as_the_checkpoint_says(checkpoint, tmp_path, monkeypatch):
-    """Its revision, variant and cache belong to its base; they mean nothing for another one."""
+    """Revision, variant and cache of the checkpoint's base model are not used for another model."""
     base = {"revision": "v2", "variant": "fp16", "cache_dir": "cache"}
     args = sd_config.read_state(checkpoint()).args | base
     folder = with_state(checkpoint(), tmp_path / "on-the-hub", base_model="owner/base", args=args)
@@ -346,13 +329,6 @@ def test_single_picture_is_overwritten(draw):
 
 
 # What is refused
-
-
-def assert_says(problem, says):
-    """Of what is expected, the text before the first " … " begins the problem, and the others are in it."""
-    start, *rest = says.split(" … ")
-    assert problem.startswith(start)
-    assert all(part in problem for part in rest)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""However a step is cut into micro-batches, and whatever runs out of memory meanwhile, the training is the same."""
+"""However a step is divided into micro-batches, and whenever memory runs out, the training is the same."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import faults
 import sd_config
 from conftest import assert_same_state, difference, learned, weights
 
-# Steps of four samples, in the tutorial's own way: one at a time.
+# Steps of four samples, one at a time as in the tutorial.
 FLAGS = (
     "--train_batch_size=1",
     "--gradient_accumulation_steps=4",
@@ -22,7 +22,10 @@ FLAGS = (
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The size of every micro-batch, as they come. `fails` says which of them are too large for memory, and when."""
+    """The step and size of every micro-batch, in `sizes`. Where `fails` is true, memory runs out.
+
+    `fails` is given the step, the size, and how many micro-batches of that size the step has had, with this one.
+    """
     sizes = []
 
     def note(run, micro_batch):
@@ -38,24 +41,17 @@ def batches(monkeypatch):
     return note
 
 
-@pytest.fixture(scope="module")
-def once():
-    """What is computed once for all tests of this file, by its name."""
-    return {}
-
-
 @pytest.fixture
-def plain(train, batches, once, tmp_path_factory):
-    """The run that is cut as the flags say, and never runs out of memory."""
-    if "plain" not in once:
-        once["plain"] = train(*FLAGS, output=tmp_path_factory.mktemp("plain"))
-        assert batches.sizes == [(step, 1) for step in range(6) for _ in range(4)]
-        batches.sizes.clear()
-    return once["plain"]
+def plain(train_once, batches):
+    """A run with the micro-batches of the flags, which never runs out of memory."""
+    run = train_once(*FLAGS)
+    assert batches.sizes in ([(step, 1) for step in range(6) for _ in range(4)], [])
+    batches.sizes.clear()
+    return run
 
 
 def assert_trains_alike(run, plain, start):
-    """Weights, average, and what was logged agree, up to rounding."""
+    """Weights, average, and what was logged are the same up to rounding."""
     for part in ("unet", "unet_ema"):
         one, other = (weights(each.output / "checkpoint-6" / part) for each in (run, plain))
         assert difference(one, other, start) <= 1e-4
@@ -83,7 +79,7 @@ def test_micro_batches_of_any_size_train_the_same(train, assets, batches, plain)
     ids=["first", "first-twice", "later", "later-halfway"],
 )
 def test_out_of_memory_leads_to_the_same_result(train, assets, batches, plain, capsys, fails, found):
-    """Also if it happens when some of a step's micro-batches have already left their gradients."""
+    """Also if it happens in the middle of a step, when some micro-batches have added their gradients."""
     batches.fails = fails
     run = train(*FLAGS, "--micro_batch_size=auto", output="auto")
     assert_trains_alike(run, plain, weights(assets[0] / "unet"))
@@ -112,36 +108,32 @@ def test_out_of_memory_leads_to_the_same_result(train, assets, batches, plain, c
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     ],
 )
-def test_every_library_runs_out_of_memory_in_its_own_words(train, batches, message):
+def test_every_library_says_in_its_own_words_that_memory_has_run_out(train, batches, message):
     batches.fails, batches.error = lambda step, size, count: size > 1, RuntimeError(message)
     train("--train_batch_size=2", "--max_train_steps=1", "--micro_batch_size=auto")
     assert [size for _, size in batches.sizes] == [2, 1, 1]
 
 
 def test_each_size_divides_the_step(train, batches):
-    """Twelve samples: 12, 6, 3, 1."""
     batches.fails = lambda step, size, count: size > 1
     train("--train_batch_size=12", "--max_train_steps=1", "--micro_batch_size=auto")
     assert [size for _, size in batches.sizes] == [12, 6, 3] + 12 * [1]
 
 
-@pytest.mark.parametrize("flags", [("--micro_batch_size=2",), ("--micro_batch_size=auto",), ()])
-def test_out_of_memory_for_good_is_an_error(train, batches, flags, capsys):
-    """With a size that was asked for, or where not even one sample fits."""
-    batches.fails = lambda step, size, count: step == 1
+@pytest.mark.parametrize(
+    ("flags", "message", "sizes"),
+    [
+        (["--micro_batch_size=2"], "out of memory", [2]),
+        (["--micro_batch_size=auto"], "out of memory", [4, 2, 1]),
+        ([], "out of memory", [1]),
+        (["--micro_batch_size=auto"], "something else", [4]),
+    ],
+)
+def test_an_error_that_smaller_micro_batches_do_not_avoid_stops_the_run(train, batches, capsys, flags, message, sizes):
+    """They are tried only if memory has run out, `auto` allows it, and there are smaller ones."""
+    batches.fails, batches.error = lambda step, size, count: step == 1, RuntimeError(message)
     with pytest.raises(SystemExit) as end:
         train(*FLAGS, *flags, "--checkpointing_steps=1")
     assert end.value.code == 1
-    assert "out of memory" in capsys.readouterr().err
-
-
-def test_another_error_is_not_taken_for_it(train, batches, capsys):
-    def fails(step, size, count):
-        if step == 1:
-            raise RuntimeError("something else")
-
-    batches.fails = fails
-    with pytest.raises(SystemExit):
-        train(*FLAGS, "--micro_batch_size=auto")
-    assert {size for _, size in batches.sizes} == {4}
-    assert "something else" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert [size for step, size in batches.sizes if step == 1] == sizes

@@ -1,10 +1,8 @@
-"""The scripts as a user starts them: in processes of their own."""
+"""The scripts as a user starts them, in processes of their own."""
 
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -13,27 +11,12 @@ from PIL import Image
 
 import sd_config
 import tiny_sd15
-from conftest import ROOT, TUTORIAL, assert_same, difference, weights
-
-
-def start(command, folder, **environment):
-    """Run a command in `folder`, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+from conftest import ROOT, TUTORIAL, assert_same, command_line, difference, start, weights
 
 
 @pytest.fixture
 def here(assets, tmp_path):
-    """A folder as the tutorial's reader has it: the scripts, and model and data unpacked beside them."""
+    """A folder like that of the tutorial's reader, with the scripts, the model and the data."""
     for name in ("train_sd1-5_naruto.py", "sd_config.py", "infer.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / tiny_sd15.MODEL).symlink_to(assets[0])
@@ -42,18 +25,20 @@ def here(assets, tmp_path):
 
 
 def test_the_tutorial_end_to_end(here):
-    """Its command with only the paths, the resolution and the number of steps changed; then its inference."""
+    """Its command trains, with other paths, resolution and number of steps, and then its inference draws."""
     command = ["train_sd1-5_naruto.py", *shlex.split(TUTORIAL)]
     command = [word.replace("512", "64").replace("15000", "6") for word in command]
     paths = [f"--pretrained_model_name_or_path=./{tiny_sd15.MODEL}", "--dataset_name=./naruto-blip-captions"]
-    printed = start([*command, *paths], here)
+    code, printed = start(*command, *paths, folder=here)
+    assert code == 0, printed
     assert "The trained pipeline is in sd-naruto-model" in printed
     ours = "Loading |Reading |Plan |  |Encoding |Generating train split|Steps|The trained |swanlab: |to sync this run|$"
     assert [line for line in re.split("[\r\n]+", printed) if not re.match(ours, line)] == []
     assert list((here / "sd-naruto-model/logs").glob("run-*/*.swanlab"))
     assert len(list((here / "sd-naruto-model/samples").glob("step-*/*.png"))) == 10
 
-    printed = start(["infer.py", "--seed=1", "--num_inference_steps=3"], here)
+    code, printed = start("infer.py", "--seed=1", "--num_inference_steps=3", folder=here)
+    assert code == 0, printed
     lines = [line for line in re.split("[\r\n]+", printed) if line and not line.startswith("Denoising: ")]
     assert lines == [
         "Loading PyTorch and diffusers takes a few seconds.",
@@ -72,7 +57,7 @@ def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path
     assert_same(weights(tmp_path / tiny_sd15.MODEL / "unet"), weights(assets[0] / "unet"))
     sizes = [path.stat().st_size for path in (tmp_path / tiny_sd15.MODEL).rglob("*") if path.is_file()]
     assert sum(sizes) <= 20e6
-    tokenizer = StableDiffusionPipeline.from_pretrained(assets[0]).tokenizer
+    tokenizer = StableDiffusionPipeline.from_pretrained(tmp_path / tiny_sd15.MODEL).tokenizer
     assert tokenizer("Lebron James with a hat").input_ids == [49406, 11971, 2392, 593, 320, 3801, 49407]
     assert len(tokenizer) == 49408
     pictures = [Image.open(path) for path in (tmp_path / tiny_sd15.PHOTOS).iterdir() if path.suffix in (".jpg", ".png")]
@@ -81,11 +66,7 @@ def test_the_tiny_model_has_the_real_vocabulary_and_stays_small(assets, tmp_path
 
 
 FLAGS = (
-    f"--pretrained_model_name_or_path={tiny_sd15.MODEL}",
     "--dataset_name=naruto-blip-captions",
-    "--resolution=64",
-    "--report_to=none",
-    "--validation_prompts",
     "--max_train_samples=11",
     "--center_crop",
     "--random_flip",
@@ -100,15 +81,27 @@ FLAGS = (
 )
 
 
-def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, capfd):
-    """With epochs instead of steps, where the rate used to fall too slowly; and with pictures encoded once for both.
+COMPILED = """
+import functools, runpy, torch
+torch.compile = functools.partial(torch.compile, backend="eager")  # which generates no code, as that is slow
+runpy.run_path("train_sd1-5_naruto.py", run_name="__main__")
+"""
 
-    No seed is given. One drawn by each for itself would give each another permutation, and another subset.
+
+def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, capfd):
+    """The length is given in epochs, on which the learning rate depends. The two encode the pictures once for both.
+
+    No seed is given. If each process drew one for itself, they would differ in the order and choice of the rows. The
+    two compile the UNet, too, as far as that has to do with there being two. (Plain ones are in test_faults.py.)
     """
     monkeypatch.chdir(here)
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_sd1-5_naruto.py", *FLAGS]
-    two += ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--output_dir=two"]
-    printed = [start(two, here, ACCELERATE_USE_CPU="true")]
+    (here / "compiled.py").write_text(COMPILED)
+    shares = ("--train_batch_size=2", "--gradient_accumulation_steps=2")
+    two = command_line((assets[0], None), "two", *FLAGS, *shares, "--torch_compile", seed=None)
+    code, output = start("compiled.py", *two, folder=here, processes=2)
+    assert code == 0, output
+    assert "Compiling: " in output
+    printed = [output]
     assert len(re.findall("Encoding pictures: +0%", printed[0])) == 1
     (seed,) = re.findall(r"No --seed given: drew (\d+)", printed[0])
     one = ("--train_batch_size=4", "--gradient_accumulation_steps=2", "--cache_latents=off")

@@ -1,4 +1,4 @@
-"""A run is a pure function of its seed: however often it is stopped, loaded by whom, and split into whatever pieces."""
+"""A run depends on its seed alone, and not on how often it is resumed, or by how many workers its data is read."""
 
 import re
 
@@ -9,7 +9,7 @@ import torch
 import sd_config
 from conftest import assert_same, assert_same_state, learned, weights
 
-# Everything random at once: random crops, flips, several captions a row, dropped captions, and a moving rate.
+# Everything that is random, and a rate that changes. (Each row has several captions, too.)
 RANDOM = (
     "--random_flip",
     "--caption_dropout=0.3",
@@ -19,36 +19,36 @@ RANDOM = (
     "--noise_offset=0.05",
     "--input_perturbation=0.1",
     "--learning_rate=1e-4",
-    "--max_train_steps=8",
+    "--max_train_steps=7",
 )
 
 
 @pytest.fixture(scope="module")
-def twelve(assets, tmp_path_factory):
-    """A data set of 11 rows, saved with `save_to_disk`: three steps of 4 an epoch, a list of captions in each row."""
-    rows = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train").select(range(11))
-    captions = [[caption, f"a photo of {caption}"] for caption in rows["text"]]
+def rows(assets, tmp_path_factory):
+    """A data set of `save_to_disk` with 11 rows, each with a list of captions. An epoch is three steps of 4."""
+    photos = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train").select(range(11))
+    captions = [[caption, f"a photo of {caption}"] for caption in photos["text"]]
     folder = tmp_path_factory.mktemp("rows")
-    rows.remove_columns("text").add_column("text", captions).save_to_disk(folder)
+    photos.remove_columns("text").add_column("text", captions).save_to_disk(folder)
     return f"--dataset_name={folder}"
 
 
-def test_resume_at_every_step_is_bit_identical(train, twelve):
-    """Also in the third epoch, which begins in step 6."""
-    flags = (*RANDOM, twelve, "--train_batch_size=2", "--gradient_accumulation_steps=2", "--checkpointing_steps=1")
+def test_resume_at_every_step_is_bit_identical(train, rows):
+    """Also after the steps of the third epoch, which begins within step 6."""
+    flags = (*RANDOM, rows, "--train_batch_size=2", "--gradient_accumulation_steps=2", "--checkpointing_steps=1")
     whole = train(*flags, output="whole", data=None)
-    for step in range(1, 8):
+    for step in range(1, 7):
         checkpoint = f"--resume_from_checkpoint={whole.output / f'checkpoint-{step}'}"
         resumed = train(*flags, checkpoint, "--checkpointing_steps=12", output=f"resumed-{step}", data=None)
-        assert_same_state(whole.output / "checkpoint-8", resumed.output / "checkpoint-8")
+        assert_same_state(whole.output / "checkpoint-7", resumed.output / "checkpoint-7")
         assert_same(weights(whole.output / "unet"), weights(resumed.output / "unet"))
         logged = learned(resumed)
-        assert list(logged) == list(range(step + 1, 9))
+        assert list(logged) == list(range(step + 1, 8))
         assert logged == {later: values for later, values in learned(whole).items() if later > step}
 
 
-def test_workers_change_nothing(train, twelve):
-    flags = (*RANDOM, twelve, "--train_batch_size=4", "--max_train_steps=4", "--checkpointing_steps=4")
+def test_workers_change_nothing(train, rows):
+    flags = (*RANDOM, rows, "--train_batch_size=4", "--max_train_steps=4", "--checkpointing_steps=4")
     alone = train(*flags, output="alone", data=None)
     for workers, method in ((3, "fork"), (1, "spawn")):
         torch.multiprocessing.set_start_method(method, force=True)
@@ -61,7 +61,7 @@ def test_workers_change_nothing(train, twelve):
 
 
 def test_a_resumed_run_obeys_its_own_flags(train):
-    """What the checkpoint's optimizer was set to must not win over the flags of the run that goes on."""
+    """The settings of the checkpoint's optimizer must not take precedence over the flags of the resumed run."""
     flags = ("--train_batch_size=2", "--max_train_steps=2", "--checkpointing_steps=1")
     whole = train(*flags).output
     checkpoint = f"--resume_from_checkpoint={whole / 'checkpoint-1'}"

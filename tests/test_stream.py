@@ -1,4 +1,4 @@
-"""The data: which sample stands at which position, how pictures become tensors, what is told of captions and rows."""
+"""The data: which sample is at which position, how pictures become tensors, and what a run says of captions."""
 
 import argparse
 
@@ -20,7 +20,7 @@ def photos(assets):
 
 @pytest.fixture(scope="module")
 def stream_of(assets, photos):
-    """A function that makes a stream over the photographs, or other rows, with some flags changed."""
+    """A function that makes a sample stream of the photographs, or of other rows, with some flags changed."""
     tokenizer = CLIPTokenizer.from_pretrained(assets[0] / "tokenizer")
 
     def make(rows=photos, seed=3, **changed):
@@ -84,7 +84,7 @@ def test_draws_are_made_in_the_documented_order(stream_of):
 
 
 def test_what_is_drawn_follows_its_distribution(stream_of):
-    """Flips and dropped captions as often as asked, every caption, crop and timestep possible."""
+    """Flips and dropped captions are as frequent as the flags say, and every caption, crop and timestep occurs."""
     grey = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (64, 1)) * 2)
     rows = datasets.Dataset.from_dict({"image": [grey], "text": [["one", "two", "three"]]})
     rows = rows.cast_column("image", datasets.Image())
@@ -141,8 +141,9 @@ def test_every_mode_becomes_the_same_grey(mode, image):
     assert np.abs(np.asarray(rgb, int)[1:] - GREY).max() <= 1
 
 
-def test_one_bit_is_white():
-    assert trainer.to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+def test_a_picture_may_have_one_bit_and_be_a_hundred_times_as_long_as_wide():
+    image = trainer.to_rgb(Image.new("1", (1, 100), 1))
+    assert (image.size, image.getpixel((0, 0))) == ((1, 100), (255, 255, 255))
 
 
 @pytest.mark.parametrize(
@@ -157,17 +158,14 @@ def test_one_bit_is_white():
     ],
     ids=["float", "LAB", "32 bits", "negative", "narrow", "flat"],
 )
-def test_what_has_no_agreed_meaning_in_rgb_or_would_fill_the_memory_is_a_bad_picture(image, says):
-    """A shorter side becomes the resolution, and the other a hundred times as long."""
+def test_a_picture_without_an_agreed_meaning_in_rgb_or_far_too_long_is_refused(image, says):
+    """As its shorter side is resized to the resolution, a long picture would fill the memory."""
     with pytest.raises(ValueError, match=says):
         trainer.to_rgb(image)
 
 
-def test_a_picture_may_be_a_hundred_times_as_long_as_wide():
-    assert trainer.to_rgb(Image.new("RGB", (1, 100))).size == (1, 100)
-
-
 def transparent():
+    """Red and black pictures in every mode that has transparency: opaque at (0, 0), and transparent at (3, 3)."""
     colour = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     colour.putpixel((0, 0), (255, 0, 0, 255))
     colour.putpixel((1, 0), (255, 0, 0, 128))
@@ -210,7 +208,7 @@ def test_exif_orientation_is_respected(tmp_path, stream_of):
     assert np.array_equal(((pixels + 1) * 127.5).round().numpy(), expected)
 
 
-# -- captions, and what is told of the data -----------------------------------------------------------------------
+# -- captions, and what a run says of the data --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,12 +219,12 @@ def test_exif_orientation_is_respected(tmp_path, stream_of):
         *((none, []) for none in (None, "", " \n", 1, [], ["a", ""], ["a", None])),
     ],
 )
-def test_captions_of_a_row_are_one_text_or_several_and_none_is_empty(given, captions):
+def test_captions_of_a_row_are_one_text_or_several_of_which_none_is_empty(given, captions):
     assert trainer.list_captions(given) == captions
 
 
-def test_long_captions_and_missing_rows_are_told(train, tmp_path, capsys):
-    pictures, captions = [Image.new("RGB", (64, 64))] * 3, ["short", "word " * 75, "word " * 76]
+def test_a_run_says_how_many_captions_it_cuts_and_rows_it_lacks(train, tmp_path, capsys):
+    pictures, captions = [Image.new("RGB", (64, 64))] * 3, ["short", "a " * 75, "a " * 76]
     rows = datasets.Dataset.from_dict({"image": pictures, "text": captions})
     rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
     flags = (f"--dataset_name={tmp_path / 'rows'}", "--max_train_samples=99", "--max_train_steps=1")
@@ -238,8 +236,8 @@ def test_long_captions_and_missing_rows_are_told(train, tmp_path, capsys):
     assert "note: --max_train_samples 99: only 3 are available, and all are used" in printed
 
 
-def test_hub_data_is_asked_for_with_every_flag(photos, monkeypatch):
-    """The tutorial's data set cannot be reached here: what would be asked for is."""
+def test_a_data_set_of_the_hub_is_asked_for_with_every_flag(photos, monkeypatch):
+    """No test may use the network, so this one looks at the call that would."""
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or photos)
     hub = ("--dataset_name=a/b", "--dataset_config_name=c", "--train_data_dir=d", "--cache_dir=/tmp")

@@ -1,4 +1,4 @@
-"""What keeps the house in order: linting, formatting, its size, and a README that tells the truth about the flags."""
+"""The repository is in order: linting, formatting, what lies at the top, requirements, and the README's commands."""
 
 import re
 import subprocess
@@ -24,11 +24,8 @@ def test_nothing_else_lies_at_top_level():
     assert top <= scripts | {"requirements.txt", "README.md", "tests", "images"}
 
 
-def test_the_readme_has_no_gap_left_to_fill():
-    assert "@@" not in README
-
-
-def test_the_readme_and_ci_run_the_same_test_command():
+def test_the_readme_is_complete_and_runs_the_tests_like_ci():
+    assert "@@" not in README  # which marks what is still to be measured
     (command,) = re.findall(r"^python -m pytest .*$", (ROOT / ".ci/run").read_text(), re.M)
     assert f"&& {command}\n" in README
 

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 MODEL, PHOTOS = "stable-diffusion-v1-5", "photos"
+MERGES = 48894  # of pairs of symbols, in CLIP's vocabulary
 SAFETY_SIZE = 32  # side in pixels of the pictures that the tiny safety checker looks at
 
 # File in scikit-image, mode to store it in, suffix to store it with, caption.
@@ -35,24 +36,25 @@ PICTURES = [
 ]
 
 
-def build(folder, *, full=False, seed=0):
+def build(folder, *, full=False, seed=0, merges=MERGES):
     """Write the model to `folder`/stable-diffusion-v1-5 and the photographs to `folder`/photos.
 
     Args:
         folder (path): where to write; made if it does not exist.
         full (bool): build SD1.5's true configuration instead of the tiny one.
         seed (int): of the random weights.
+        merges (int): size of the vocabulary, as for `write_tokenizer`.
 
     Returns:
         tuple[Path, Path]: the two folders.
     """
     model, photos = Path(folder) / MODEL, Path(folder) / PHOTOS
-    build_model(model, full=full, seed=seed)
+    build_model(model, full=full, seed=seed, merges=merges)
     build_photos(photos)
     return model, photos
 
 
-def build_model(folder, *, full=False, seed=0):
+def build_model(folder, *, full=False, seed=0, merges=MERGES):
     """Write a random Stable Diffusion pipeline, all in safetensors."""
     import torch  # noqa: PLC0415 (slow imports: --help should not wait for them)
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: PLC0415
@@ -71,7 +73,9 @@ def build_model(folder, *, full=False, seed=0):
         vae = {"block_out_channels": (8, 16, 16, 32), "layers_per_block": 1, "sample_size": 64, "norm_num_groups": 2}
         text |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", merges)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
     StableDiffusionPipeline(
         unet=UNet2DConditionModel(sample_size=64 if full else 8, cross_attention_dim=width, **unet),
         vae=AutoencoderKL(
@@ -81,19 +85,15 @@ def build_model(folder, *, full=False, seed=0):
             scaling_factor=0.18215,
             **vae,
         ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408, projection_dim=width, bos_token_id=49406, eos_token_id=49407, pad_token_id=1, **text
-            )
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=width, **text)),
+        tokenizer=tokenizer,
         scheduler=noise_scheduler(),
         requires_safety_checker=not full,  # the true one would add 1.2 GB that no training touches
         **dict.fromkeys(("safety_checker", "feature_extractor")) if full else safety_parts(),
     ).save_pretrained(folder)
     # Two things that today's libraries would write in another way than SD1.5 has them: the tokenizer's files, and the
     # names of the text encoder's weights.
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", merges)
     file = folder / "text_encoder/model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
@@ -132,8 +132,8 @@ def safety_parts():
     }
 
 
-def write_tokenizer(folder, merges=48894):
-    """Write CLIP's tokenizer, 49408 entries, or one with fewer `merges` of its own, as the four files of SD1.5.
+def write_tokenizer(folder, merges=MERGES):
+    """Write CLIP's tokenizer, 49408 entries, or one with only the first `merges`, as the four files of SD1.5.
 
     The vocabulary is, in order: 256 byte symbols, the same at the end of a word, 48894 merges, and two special tokens
     (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4).
