@@ -487,9 +487,10 @@ def resolve_output(args, problems, notices):
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
     if project.is_absolute() or ".." in project.parts:  # TensorBoard makes a folder of this name
         problems.append(f"--tracker_project_name {project}: must be a name, not a path to another folder")
-    taken = list(inputs_in_the_way(args, output.resolve()))
-    problems.extend(f"--output_dir {output}: a run into it would mix with {name}; choose another" for name in taken)
-    problems.extend([] if taken else conflicts(args, wanted))
+    if taken := " and ".join(inputs_in_the_way(args, output.resolve())):
+        problems.append(f"--output_dir {output}: a run into it would mix with {taken}; choose another")
+    else:
+        problems.extend(conflicts(args, wanted))
 
 
 def inputs_in_the_way(args, output):
@@ -510,13 +511,14 @@ def conflicts(args, wanted):
     """Yield what a run would write over: another run, its own later checkpoints, or files that no run wrote."""
     output, checkpoint, known = Path(args.output_dir), args.resume_from_checkpoint, checkpoints(args.output_dir)
     elsewhere = checkpoint is not None and checkpoint.parent.resolve() != output.resolve()
-    step = 0 if elsewhere or checkpoint not in known else step_of(checkpoint)
+    named = checkpoint is not None and checkpoint.name in [path.name for path in known]
+    step = step_of(checkpoint) if named and not elsewhere else 0
     if strangers := foreign_problems(output, step):
         yield from strangers
     elif (known or (output / INDEX).exists()) and (wanted is None or elsewhere) and not args.overwrite_output_dir:
         remedy = "add --resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete it"
         yield f"--output_dir {output}: already holds a run; {remedy}, or choose another folder"
-    elif known and checkpoint is not None and not elsewhere and wanted != "latest" and checkpoint != known[-1]:
+    elif known and checkpoint is not None and not elsewhere and wanted != "latest" and step != step_of(known[-1]):
         later = f"{output} holds later ones, up to {known[-1].name}; resume from latest, delete them"
         yield f"--resume_from_checkpoint {checkpoint}: {later}, or choose another --output_dir"
 

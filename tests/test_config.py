@@ -56,7 +56,7 @@ FILES = """
     file empty/other.txt photos/portraits/metadata.jsonl blocked/logs drawn/samples mine/README.md mine/vae/keep.txt
     saved/state.json saved/portraits/state.json saved_splits/dataset_dict.json exported/model_index.json
     run/checkpoint-9/trainer_state.json run/checkpoint-10/trainer_state.json checkpoint-9/trainer_state.json
-    elsewhere/checkpoint-3/trainer_state.json elsewhere/best/trainer_state.json
+    elsewhere/checkpoint-3/trainer_state.json elsewhere/best/trainer_state.json na[1]me/other.txt
 """
 
 
@@ -76,7 +76,11 @@ def world(tmp_path, monkeypatch):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}", encoding="utf-8")
     for state in tmp_path.rglob("trainer_state.json"):
+        state.write_text('{"effective_batch": 4}', encoding="utf-8")
         sd_config.write_manifest(state.parent)
+    own = tmp_path / "exported" / sd_config.OWN
+    own.mkdir()
+    (own / "manifest.json").write_text('{"model_index.json": [2, 0]}', encoding="utf-8")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/checkpoint-3").symlink_to(tmp_path / "elsewhere/checkpoint-3")
     for name in ("base", "partial"):
@@ -216,7 +220,7 @@ def test_bad_value_is_named_with_what_is_allowed(refuse, flag, allowed):
 
 def test_every_flag_with_a_range_was_given_a_bad_value():
     kinds = {names.split()[0]: kind for group in sd_config.FLAGS.values() for names, _, kind, _ in group}
-    ranged = {name for name, kind in kinds.items() if callable(kind) and kind not in (str, bool)}
+    ranged = {name for name, kind in kinds.items() if callable(kind) and kind not in (str, bool, sd_config.PATH)}
     assert ranged == {flag.split("=")[0] for flag, _ in BAD_VALUES}
 
 
@@ -289,28 +293,30 @@ REFUSED = [
     "--dataset_name=saved_splits --dataset_config_name=en | --dataset_config_name en | no configurations",
     "--output_dir=file | --output_dir file | must be a folder",
     "--output_dir=file/run | --output_dir file/run | must be a folder",
-    f"--output_dir={'x' * 300} | --output_dir {'x' * 300} | name too long",
+    f"--output_dir={'x' * 256} | --output_dir {'x' * 256} | names have at most 255 bytes",
+    f"--cache_dir=a/{'火' * 86}/b | --cache_dir a/{'火' * 86}/b | names have at most 255 bytes",
+    "--dataset_name=na[1]me | --dataset_name na[1]me | rename the folder",
     "--output_dir=blocked | --output_dir blocked | logs in it is a file",
-    "--output_dir=drawn | --output_dir drawn | samples in it is a file",
+    "--output_dir=drawn | --output_dir drawn | no run wrote samples in it",
     *(f"--logging_dir={name} | --logging_dir {name} | must be a folder of its own inside" for name in LOGS),
     "--output_dir=run | --output_dir run | holds a run; add --resume_from_checkpoint latest",
     "--output_dir=exported | --output_dir exported | holds a run",
-    f"{BASE}=base --output_dir=photos/../base/ --overwrite_output_dir | --output_dir photos/../base | is {BASE} itself",
-    "--dataset_name=photos --output_dir=photos | --output_dir photos | is --dataset_name itself",
-    "--train_data_dir=photos --output_dir=./photos | --output_dir photos | is --train_data_dir itself",
+    f"{BASE}=base --output_dir=photos/../base/ --overwrite_output_dir | --output_dir photos/../base | mix with {BASE}",
+    "--dataset_name=photos --output_dir=photos | --output_dir photos | mix with --dataset_name",
+    "--train_data_dir=photos --output_dir=./photos | --output_dir photos | mix with --train_data_dir",
     "--dataset_name=photos --train_data_dir=portraits --output_dir=photos/portraits "
-    "| --output_dir photos/portraits | is --train_data_dir itself",
+    "| --output_dir photos/portraits | mix with --dataset_name and --train_data_dir",
     f"--output_dir=run {RESUME}=latest --overwrite_output_dir | --overwrite_output_dir | {RESUME}",
     f"--output_dir=run {RESUME}=checkpoint-11 "
     f"| {RESUME} checkpoint-11 | no checkpoint there (in run: checkpoint-9, checkpoint-10)",
     f"--output_dir=new {RESUME}=photos | {RESUME} photos | not a whole checkpoint: manifest.json is missing",
     f"--output_dir=exported {RESUME}=latest | {RESUME} latest | no checkpoint in exported, only an exported pipeline",
     f"--output_dir=run {RESUME}=checkpoint-9 | {RESUME} run/checkpoint-9 | holds later ones, up to checkpoint-10",
-    "--output_dir=mine --overwrite_output_dir | --output_dir mine | holds vae, README.md",
+    "--output_dir=mine --overwrite_output_dir | --output_dir mine | no run wrote vae/keep.txt, README.md in it",
     "--output_dir= | --output_dir  | must be a folder",
     f"--output_dir=run {RESUME}=elsewhere/checkpoint-3 | --output_dir run | holds a run",
     # Overwriting or exporting there would replace the README.md of the scripts.
-    f"--overwrite_output_dir --output_dir={shlex.quote(str(ROOT))} | --output_dir {ROOT} | is the folder of the script",
+    f"--overwrite_output_dir --output_dir={shlex.quote(str(ROOT))} | --output_dir {ROOT} | mix with the folder",
 ]
 
 
@@ -476,7 +482,6 @@ def test_latest_passes_over_what_is_no_whole_checkpoint(accept, tmp_path):
         shutil.copytree(run / "checkpoint-9", run / name)
     for name in ("checkpoint-98", "checkpoint-99"):
         (run / name).mkdir()
-    (run / "checkpoint-200").touch()
     args, notices = accept("--output_dir=run", f"{RESUME}=latest")
     assert args.resume_from_checkpoint == Path("run/checkpoint-10")
     assert notices == [
@@ -492,7 +497,8 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
     with pytest.raises(SystemExit) as exit_info:
         sd_config.read_state("run/checkpoint-9", "--checkpoint")
     assert exit_info.value.code == 2
-    missing = [f"'{field.name}'" for field in dataclasses.fields(sd_config.TrainerState) if content == b"{}"]
+    needed = [field for field in dataclasses.fields(sd_config.TrainerState) if field.default is dataclasses.MISSING]
+    missing = [f"'{field.name}'" for field in needed if content == b"{}"]
     says = "error: --checkpoint run/checkpoint-9: its trainer_state.json cannot be read: "
     assert_says(capsys.readouterr().err, " … ".join([says, *missing]))
 
@@ -514,12 +520,13 @@ UNREADABLE = "manifest.json or what it lists cannot be read: "
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The last checkpoint of `run`, which is whole, and whose files have 15 bytes each."""
+    """The last checkpoint of `run`, which is whole, and whose files but the state have 15 bytes each."""
     folder = tmp_path / "run/checkpoint-10"
     shutil.rmtree(folder)
     for name in ("optimizer.pt", "trainer_state.json", "unet/model.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"fifteen bytes, ")
+    (folder / "trainer_state.json").write_bytes(b'{"effective_batch": 4}')
     sd_config.write_manifest(folder)
     return folder
 
@@ -528,7 +535,7 @@ def checkpoint(tmp_path):
     ("name", "content", "says"),
     [
         ("optimizer.pt", "fourteen bytes", "optimizer.pt has 14 bytes instead of 15"),
-        ("trainer_state.json", "", "trainer_state.json has 0 bytes instead of 15"),
+        ("trainer_state.json", "", "trainer_state.json has 0 bytes instead of 22"),
         ("optimizer.pt", "fifteen bytes; ", "optimizer.pt is not as it was saved (its checksum differs)"),
         ("unet/model.safetensors", None, "unet/model.safetensors is missing"),
         ("manifest.json", None, "manifest.json is missing"),
