@@ -128,8 +128,6 @@ def make_plan(args, saved, rows, accelerator):
 def check_plan(plan, saved, seed, rows, accelerator):
     """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs."""
     problems, warnings = sd_config.compare_disk(plan, saved.step if saved else 0)
-    if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
-        warnings.append(f"--lr_warmup_steps {plan.args.lr_warmup_steps}: the run ends before the warm-up does")
     if saved:
         now = plain_args(plan.args, accelerator) | {"seed": seed}
         differences, changes = sd_config.compare_runs(saved, plan, now, rows.fingerprint)
@@ -138,6 +136,8 @@ def check_plan(plan, saved, seed, rows, accelerator):
     accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
+    if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
+        accelerator.print(f"note: --lr_warmup_steps {plan.args.lr_warmup_steps}: the run ends before its warm-up does")
 
 
 # -- The loss, one function per formula ----------------------------------------------------------------------

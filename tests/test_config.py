@@ -579,7 +579,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint):
         ("[]", UNREADABLE),
         ('{"unet": 5}', UNREADABLE),
         ("{}", "manifest.json lists no trainer_state.json"),
-        ('{"trainer_state.json": [15, "x"]}', "trainer_state.json is not as it was saved"),
+        ('{"trainer_state.json": [22, "x"]}', "trainer_state.json is not as it was saved"),
         ('{"/optimizer.pt": [15, 0]}', "/optimizer.pt is missing"),
     ],
 )

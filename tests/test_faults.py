@@ -213,19 +213,19 @@ def test_a_signal_during_a_save_saves_once(whole, stopped, monkeypatch, tmp_path
 
 def test_a_signal_after_an_error_leaves_the_save_alone(whole, stopped, monkeypatch, tmp_path):
     """When a process has failed, a launcher sends a signal to the others, which may be saving after an error, too."""
-    explained, original, ended = threading.Event(), trainer.explain, []
+    failed, original, ended = threading.Event(), trainer.rescue, []
 
-    def explain(*args):
+    def rescue(*args):
+        failed.set()
         original(*args)
-        explained.set()
 
     def signal_later(_folder):
-        assert explained.wait(60)
+        assert failed.wait(60)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     try:
-        monkeypatch.setattr(trainer, "explain", explain)
+        monkeypatch.setattr(trainer, "rescue", rescue)
         faults.plant_in_step(3, failing(RuntimeError("planted")), monkeypatch.setattr)
         faults.plant(monkeypatch.setattr, while_saving=signal_later)
         assert stopped()[0] == 1
