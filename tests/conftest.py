@@ -202,7 +202,7 @@ def assert_same_state(one, other):
 
 def samples(output):
     """The validation pictures of an output folder by their names: their pixels, and their text without the command."""
-    images = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/*/*")}
+    images = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/step-[0-9]*/*")}
     return {
         name: (image.tobytes(), {key: value for key, value in image.text.items() if key != "command"})
         for name, image in images.items()
@@ -220,6 +220,15 @@ def steps(output, *, check=True):
 def files(folder):
     """The names of all files below a folder."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_file(folder, name):
+    """Put somebody's file into a folder, which a run has nothing to do with, unless there is a folder of that name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        path.write_text("mine", encoding="utf-8")
+    return path
 
 
 def litter(output):

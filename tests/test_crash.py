@@ -25,7 +25,7 @@ import pytest
 
 import faults
 import sd_config
-from conftest import ROOT, assert_same_state, command_line, litter, samples, steps, trainer
+from conftest import ROOT, assert_same_state, command_line, litter, make_file, samples, steps, trainer
 from test_run import read_swanlab
 
 IMPORTED_BY = os.getpid()
@@ -190,6 +190,11 @@ def crash(begin, output, limit, aims, rng, whole):
         strikes.append(struck(output, since))
 
 
+# Names that resemble those of a run's own files. None of them may be touched.
+FOREIGN = """.checkpoint-3/x .old-checkpoint-3/x .export/x .mybest-checkpoint-5/x .lock manifest.json checkpoint-best/x
+    checkpoint-3.bak samples/mine.txt samples/step-best/x encoded-mine/x unet.bak/x logs/mine"""
+
+
 def test_killed_at_random_instants_nothing_is_lost(start, reference, tmp_path, request):
     """The crash test, of which `--kills 100` is the long form."""
     wanted, seed, begun = request.config.getoption("kills"), secrets.randbits(32), time.perf_counter()
@@ -202,6 +207,7 @@ def test_killed_at_random_instants_nothing_is_lost(start, reference, tmp_path, r
     # Where an aim was missed, there are a few more kills than wanted.
     while len(strikes) < wanted or share("writing") < 1 / 3 or share("deleting", "export") < 1 / 10:
         output, limit = tmp_path / f"run-{runs}", (2, None)[runs % 2]
+        foreign = [make_file(output, name) for name in FOREIGN.split()]
         flags = (*TWELVE, "--checkpointing_steps=1", f"--checkpoints_total_limit={limit}")
         if limit is None:
             flags = (*TWELVE, "--validation_prompts", "a cat", "--checkpointing_steps=2")
@@ -212,6 +218,7 @@ def test_killed_at_random_instants_nothing_is_lost(start, reference, tmp_path, r
         strikes, starts, runs = strikes + more, starts + started, runs + 1
         assert_same_end(output, reference[0])
         assert limit or samples(output) == samples(reference[0])
+        assert {path.read_text(encoding="utf-8") for path in foreign} == {"mine"}
         shutil.rmtree(output)
         assert len(strikes) < 2 * wanted + 10, strikes
     counts = collections.Counter(kind for strike in strikes for kind in strike)

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sd_config
-from conftest import ROOT, litter, trainer
+from conftest import ROOT, litter, make_file, trainer
 
 FLAGS = ("--max_train_steps=4", "--checkpointing_steps=2", "--train_batch_size=2", "--use_ema")
 PICTURES = ("--validation_epochs=1", "--validation_prompts=a cat")
@@ -46,15 +46,12 @@ def output(train, kept, tmp_path):
 
 def make(folder, name):
     """Put somebody's file into a folder; a name that ends in @ is a link to nowhere near a run."""
-    path = folder / name.removesuffix("@")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_file(folder, name.removesuffix("@"))
     if name.endswith("@"):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(folder.parent / "elsewhere")
     elif path.suffix == ".png":
         Image.new("RGB", (8, 8)).save(path)
-    else:
-        path.write_text("mine", encoding="utf-8")
     return path
 
 
