@@ -50,7 +50,13 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -128,6 +134,10 @@ def make_plan(args, saved, rows, accelerator):
 def check_plan(plan, saved, seed, rows, accelerator):
     """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs."""
     problems, warnings = sd_config.compare_disk(plan, saved.step if saved else 0)
+    if len({*(steps := gather_object([saved.step if saved else 0]))}) > 1:
+        problems.append(
+            f"--output_dir {plan.args.output_dir}: must be shared by all machines; they are at steps {steps}"
+        )
     if saved:
         now = plain_args(plan.args, accelerator) | {"seed": seed}
         differences, changes = sd_config.compare_runs(saved, plan, now, rows.fingerprint)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sd_config
 import tiny_sd15
-from conftest import ROOT, TUTORIAL, assert_same, command_line, difference, start, weights
+from conftest import ROOT, TUTORIAL, assert_same, command_line, difference, start, trainer, weights
 
 
 @pytest.fixture
@@ -120,3 +120,12 @@ def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, c
         assert difference(shared, single, begin) <= 1e-4
     losses = [sd_config.read_state(here / name / "checkpoint-12").loss for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_machines_that_do_not_share_their_output_folder_cannot_resume(train, monkeypatch, capsys):
+    """One would go on, and the other start over."""
+    monkeypatch.setattr(trainer, "gather_object", lambda steps: [*steps, 4])
+    with pytest.raises(SystemExit) as end:
+        train("--max_train_steps=1")
+    assert end.value.code == 2
+    assert "must be shared by all machines; they are at steps [0, 4]" in capsys.readouterr().err
