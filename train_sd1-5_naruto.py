@@ -1489,6 +1489,9 @@ def export(run):
             average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
             pipeline.unet = average or run.unet
             pipeline.save_pretrained(staging)
+            pipeline.tokenizer.backend_tokenizer.model.save(str(staging / "tokenizer"))  # as transformers 4 reads it
+            for file in staging.glob("*/config.json"):  # by which transformers chooses, while diffusers loads float32
+                file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
