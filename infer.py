@@ -6,6 +6,7 @@ its validation pictures with the functions below, and loads its models with them
 """
 
 import itertools
+import json
 import os
 import secrets
 import shlex
@@ -226,17 +227,23 @@ def set_prediction_type(pipeline, prediction_type):
 
 
 def draw(pipeline, path, settings, text):
-    """Draw a picture and write it as a PNG, whose text chunks hold its settings and more. Return it, a PIL image.
+    """Draw a picture and write it as a PNG, whose text holds its settings and more as JSON. Return it, a PIL image.
 
     `settings` are those of `sample`, by their names, and `text` is what the PNG says besides them. Neither writes a
     value that is None. The folder of `path` must exist.
     """
     image, chunks = sample(pipeline, **settings), PngInfo()
-    for name, value in (settings | text).items():
-        if value is not None:
-            chunks.add_itxt(name, str(value))
+    said = {name: value for name, value in (settings | text).items() if value is not None}
+    said = json.dumps(said, default=str, ensure_ascii=False).encode(errors="backslashreplace")  # a path may not be text
+    chunks.add_itxt(sd_config.PNG_TEXT, said)  # in one chunk that only we read: ComfyUI takes `prompt` for its own JSON
     image.save(path, pnginfo=chunks)
     return image
+
+
+def settings_of(image):
+    """Return what `draw` wrote into a PNG (PIL.Image.Image) by its names, or {} where it wrote nothing."""
+    text, old = image.info.get(sd_config.PNG_TEXT), image.info.keys() >= sd_config.OLD_PNG_TEXTS
+    return json.loads(text) if text else dict(image.text) if old else {}
 
 
 def sample(pipeline, prompt, seed, **settings):

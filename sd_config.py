@@ -41,6 +41,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 OUTPUT = (*PARTS, INDEX, "README.md", SAMPLES)
+PNG_TEXT, OLD_PNG_TEXTS = "sd_naruto", {"prompt", "seed", "num_inference_steps"}  # text by which our pictures are known
 
 
 # -- The command line: the types of flags, the flags, and their parser ---------------------------------------
@@ -610,6 +611,13 @@ def checksum(path):
         while block := file.read(2**20):
             value = zlib.crc32(block, value)
     return value
+
+
+def drawn_by_us(path):
+    """Say whether a file is a PNG with the text that `infer.draw` writes, or wrote when each setting had a chunk."""
+    head = Path(path).read_bytes().partition(b"IDAT")[0].decode("latin-1")
+    names = set(re.findall(r"iTXt(\w+)\0", head))
+    return head.startswith("\x89PNG") and (PNG_TEXT in names or names >= OLD_PNG_TEXTS)
 
 
 def flush(folder, within=True):

@@ -1,5 +1,6 @@
 """The demo: what it draws, how that is measured, its base model, and that a training on it learns."""
 
+import json
 import re
 import subprocess
 import sys
@@ -138,9 +139,9 @@ def test_the_demo_in_short_learns(train, tmp_path):
 def test_two_rows_of_pictures_make_one_comparison(tmp_path):
     """Of the same prompts only."""
     for name, prompt in (("before-0", "a cat"), ("before-1", "a dog"), ("after-0", "a cat"), ("after-1", "a dog")):
-        text = PngInfo()
-        text.add_itxt("prompt", prompt)
-        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png", pnginfo=text)
+        chunks = PngInfo()
+        chunks.add_itxt("sd_naruto", json.dumps({"prompt": prompt}))
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png", pnginfo=chunks)
     command = [sys.executable, DEMO / "compare.py", "--output", tmp_path / "both.png", "--before"]
     before, after = sorted(tmp_path.glob("before-*.png")), sorted(tmp_path.glob("after-*.png"))
     done = subprocess.run([*command, *before, "--after", *after], capture_output=True, text=True, check=False)

@@ -221,7 +221,8 @@ def test_a_signal_cuts_a_validation_short_which_is_then_made_up_for(whole, stopp
     finish(*PROMPTS)
     assert samples(run) == samples(whole.output)
     for step in (3, 6):  # the checkpoints that the signals left hold the weights that drew them
-        assert f"run/checkpoint-{step} " in Image.open(run / f"samples/step-{step}/0-a-cat.png").text["command"]
+        picture = Image.open(run / f"samples/step-{step}/0-a-cat.png")
+        assert f"run/checkpoint-{step} " in infer.settings_of(picture)["command"]
 
 
 def test_a_signal_during_a_save_saves_once(whole, stopped, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import infer
 import sd_config
@@ -115,7 +116,8 @@ def with_state(checkpoint, folder, **changes):
 def read(path):
     """Read a picture: its pixels, its size, and its text."""
     with Image.open(path) as image:
-        return types.SimpleNamespace(path=path, pixels=image.convert("RGB").tobytes(), size=image.size, text=image.text)
+        pixels, text = image.convert("RGB").tobytes(), infer.settings_of(image)
+        return types.SimpleNamespace(path=path, pixels=pixels, size=image.size, text=text)
 
 
 def reference(model, unet=None, **scheduler):
@@ -158,11 +160,11 @@ def test_defaults_are_those_of_the_tutorial(assets, tmp_path, monkeypatch):
     [
         ("prompt", "a cup of coffee"),
         ("negative_prompt", "coffee"),
-        ("seed", "6"),
-        ("num_inference_steps", "3"),
-        ("guidance_scale", "3.0"),
-        ("height", "72"),
-        ("width", "128"),
+        ("seed", 6),
+        ("num_inference_steps", 3),
+        ("guidance_scale", 3.0),
+        ("height", 72),
+        ("width", 128),
         ("dtype", "bf16"),
     ],
 )
@@ -170,7 +172,7 @@ def test_flag_changes_the_picture_and_is_in_its_text(draw, plain, flag, value):
     changed = only(draw(f"--{flag}={value}"))
     assert changed.pixels != plain.pixels
     assert changed.text == plain.text | {flag: value}
-    assert changed.size == (int(changed.text["width"]), int(changed.text["height"]))
+    assert changed.size == (changed.text["width"], changed.text["height"])
 
 
 def test_model_path_chooses_the_model(draw, plain, assets, other):
@@ -194,7 +196,7 @@ def test_several_pictures_are_those_drawn_alone(draw):
     assert [picture.path for picture in pictures] == [Path(f"new/folder/pet-{index}.png") for index in range(4)]
     assert sorted(Path("new/folder").iterdir()) == [picture.path for picture in pictures]
     drawn = [(picture.text["prompt"], picture.text["seed"]) for picture in pictures]
-    assert drawn == [("a cat", "5"), ("a cat", "6"), ("a dog", "5"), ("a dog", "6")]
+    assert drawn == [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)]
     for picture, (prompt, seed) in zip(pictures, drawn, strict=True):
         assert picture.pixels == only(draw(f"--prompt={prompt}", f"--seed={seed}")).pixels
     assert len({picture.pixels for picture in pictures}) == 4
@@ -338,6 +340,23 @@ def test_picture_can_be_drawn_again_from_its_text(checkpoint, draw, assets, othe
         again = read("again.png")
         assert again.pixels == picture.pixels
         assert again.text == picture.text
+
+
+def test_a_picture_says_in_one_chunk_who_drew_it(draw):
+    """Which no other program takes for its own; one drawn before had a chunk for each setting."""
+    new, old, foreign = only(draw("--prompt=火影")).path, Path("old.png"), Path("foreign.png")
+    with Image.open(new) as image:
+        assert [*image.text] == ["sd_naruto"]
+        assert json.loads(image.text["sd_naruto"])["prompt"] == "火影"
+    for path, texts in ((old, {"prompt": "a", "seed": "1", "num_inference_steps": "2"}), (foreign, {"prompt": "{}"})):
+        chunks = PngInfo()
+        for name, value in texts.items():
+            chunks.add_itxt(name, value)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
+        assert read(path).text == (texts if path is old else {})
+    Path("sd_naruto.png").write_bytes(b"sd_naruto")
+    mine = [path for path in sorted(Path().glob("*.png")) if sd_config.drawn_by_us(path)]
+    assert mine == [old, new]
 
 
 def test_single_picture_is_overwritten(draw):

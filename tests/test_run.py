@@ -192,7 +192,7 @@ def test_validation_pictures_are_the_ones_that_inference_draws(whole, tmp_path):
     infer.main(infer.parse_args([*flags, f"--output={again}"]))
     picture = Image.open(whole.output / "samples/step-2/1-a-rocket.png")
     assert picture.tobytes() == Image.open(again).tobytes()
-    assert picture.text["prompt"] == "a rocket"
+    assert infer.settings_of(picture)["prompt"] == "a rocket"
 
 
 def test_one_prompt_does_not_change_the_picture_of_another(train, sketches):
