@@ -68,12 +68,12 @@ def parse_args(argv=None):
 
 def resolve(args, given, problems):
     """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
-    args.base, args.origin = {}, {"model_path": args.model_path}
+    args.base, args.trained, args.origin = {}, {}, {"model_path": args.model_path}
     if args.checkpoint is not None:
         if damage := sd_config.find_damage(Path(args.checkpoint), "unet"):
             stop_if([f"--checkpoint {args.checkpoint}: not a whole checkpoint: {damage}"])
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
-        args.prediction_type = saved.prediction_type
+        args.trained["prediction_type"] = saved.prediction_type
         args.origin["checkpoint"] = args.checkpoint
         if "model_path" not in given:  # which names the base where it has moved since
             args.model_path, args.origin["model_path"] = saved.base_model, None
@@ -162,21 +162,12 @@ def choose_device(name=None):
 
 def open_pipeline(args, dtype):
     """Load the pipeline that `args` describes: of a model, or of a checkpoint's UNet on its base model."""
-    parts = {}
+    options, load_unet = args.base | {"dtype": dtype}, UNet2DConditionModel.from_pretrained
     if args.checkpoint is not None:
-        folder = Path(args.checkpoint)
-        subfolder = "unet_ema" if (folder / "unet_ema").is_dir() else "unet"
-        parts["unet"] = load(
-            UNet2DConditionModel.from_pretrained, "--checkpoint", folder, subfolder=subfolder, dtype=dtype
-        )
-    pipeline = load(
-        StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, dtype=dtype, **parts, **args.base
-    )
-    if args.scheduler is not None:
-        scheduler_class = getattr(diffusers, SCHEDULERS[args.scheduler])
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
-    if args.checkpoint is not None:
-        set_prediction_type(pipeline, args.prediction_type)
+        name = "unet_ema" if Path(args.checkpoint, "unet_ema").is_dir() else "unet"
+        options["unet"] = load(load_unet, "--checkpoint", args.checkpoint, subfolder=name, dtype=dtype)
+    pipeline = load(StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, **options)
+    set_scheduler(pipeline, SCHEDULERS.get(args.scheduler), **args.trained)
     return pipeline
 
 
@@ -220,10 +211,11 @@ def stored_dtypes(model, variant):
     return [dtypes[name] for name in names if name in dtypes]
 
 
-def set_prediction_type(pipeline, prediction_type):
-    """Tell the pipeline's scheduler what its UNet predicts: "epsilon" or "v_prediction"."""
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+def set_scheduler(pipeline, name=None, **settings):
+    """Give a pipeline a scheduler of a class of diffusers, by its name, or of the same; `settings` change its own."""
+    scheduler, kind = pipeline.scheduler, getattr(diffusers, name) if name else type(pipeline.scheduler)
+    # As StableDiffusionPipeline makes it, but only its first one: latents go beyond the [-1, 1] of clipped samples.
+    pipeline.scheduler = kind.from_config(scheduler.config, clip_sample=False, steps_offset=1, **settings)
 
 
 def draw(pipeline, path, settings, text):

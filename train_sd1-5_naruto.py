@@ -1350,7 +1350,7 @@ def draw_prompts(run, folder, signals):
     parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.frozen.tokenizer}
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
+    infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
     settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
     settings["guidance_scale"] = run.args.validation_guidance_scale
     settings["height"] = settings["width"] = run.args.resolution
@@ -1485,7 +1485,7 @@ def export(run):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with sd_config.written_whole(output / ".export", f"the pipeline in {output}", run.plan.export_bytes) as staging:
-            infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
+            infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
             average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
             pipeline.unet = average or run.unet
             pipeline.save_pretrained(staging)

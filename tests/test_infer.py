@@ -5,6 +5,7 @@ import shutil
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -188,6 +189,18 @@ def test_every_scheduler_loads_and_is_in_the_text(draw, monkeypatch, name, used)
     if name != "dpm++":
         monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
     assert only(draw(f"--scheduler={name}")).text["scheduler"] == used
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_clipped_by_no_scheduler(assets, name):
+    """Of which some clip unless told otherwise, with `--scheduler` or in a scheduler's file that says nothing of it."""
+    args = infer.parse_args([f"--model_path={assets[0]}", f"--scheduler={name}"])
+    pipeline = infer.open_pipeline(args, torch.float32)
+    assert not pipeline.scheduler.config.clip_sample
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name])()
+    infer.set_scheduler(pipeline)
+    config = pipeline.scheduler.config
+    assert (config.clip_sample, config.steps_offset) == (False, 1)  # as StableDiffusionPipeline has them
 
 
 def test_several_pictures_are_those_drawn_alone(draw):
