@@ -135,8 +135,9 @@ def main(args):
             "width": args.width or size,
         }
         drawn_by = {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "device": device}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = draw(pipeline, path, settings, args.origin | drawn_by)
+        with sd_config.exit_on(sd_config.ReportedError, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = draw(pipeline, path, settings, args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
 
 
@@ -147,7 +148,7 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
     # The trainer tokenises captions once before its loader's workers fork, which tokenizers would warn about.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler thinks of diffusers' code
+    warnings.filterwarnings("ignore", module="torch._dynamo|diffusers")  # what both think of diffusers' code
 
 
 def choose_device(name=None):
@@ -239,7 +240,7 @@ def settings_of(image):
 
 
 def sample(pipeline, prompt, seed, **settings):
-    """Return a picture. Its noise comes from a generator of its own on the CPU, so it is the same on every device.
+    """Return a picture that is finite. Its noise comes from a generator on the CPU, so it is the same on every device.
 
     Args:
         pipeline (StableDiffusionPipeline): the model, on its device.
@@ -248,7 +249,10 @@ def sample(pipeline, prompt, seed, **settings):
         **settings: as for the pipeline: negative_prompt, num_inference_steps, guidance_scale, height, width.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(prompt, generator=generator, **settings).images[0]
+    pixels = pipeline(prompt, generator=generator, output_type="pt", **settings).images
+    if not pixels.isfinite().all():  # diffusers would make it black
+        raise sd_config.ReportedError(f"{prompt!r}: its picture is not finite; bf16 and fp32 reach further than fp16")
+    return pipeline.image_processor.postprocess(pixels, do_denormalize=[False])[0]
 
 
 def command(settings):

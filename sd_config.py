@@ -252,14 +252,14 @@ def stop_if(problems):
 
 
 def stop(problem):
-    """Print a problem that the other processes may not have, and exit with code 2."""
+    """Print a problem that the other processes may not have, and exit with its code, where it has one, or 2."""
     print(f"error: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(getattr(problem, "code", 2))
 
 
 @contextlib.contextmanager
 def exit_on(*errors):
-    """Exit with code 2, and the error's message in place of a traceback, if one of `errors` is raised."""
+    """Exit with the error's code, or 2, and its message in place of a traceback, if one of `errors` is raised."""
     try:
         yield
     except errors as error:

@@ -1310,13 +1310,17 @@ def validate(run, signals, *, missing_only=False):
     run.accelerator.wait_for_everyone()
     folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
-        hidden = sd_config.hidden_beside(folder)
+        hidden, images = sd_config.hidden_beside(folder), []
         measure(run, "val/loss")
         with averaged_weights(run):
             if run.average:
                 measure(run, "val/loss_ema")
-            images = list(draw_prompts(run, hidden, signals)) if prompts else []
-        if prompts and not signals.number:
+            try:
+                images = list(draw_prompts(run, hidden, signals)) if prompts else []
+            except sd_config.ReportedError as error:  # a picture is not finite, but the training is
+                tqdm.write(f"warning: no validation pictures of step {run.step}: {error}")
+                shutil.rmtree(hidden)
+        if images and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
             sd_config.put_in_place(hidden)

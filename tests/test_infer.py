@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 import infer
 import sd_config
@@ -375,6 +376,23 @@ def test_a_picture_says_in_one_chunk_who_drew_it(draw):
 def test_single_picture_is_overwritten(draw):
     Path("result.png").write_text("of before", encoding="utf-8")
     assert only(draw()).size == (64, 64)
+
+
+def test_a_picture_that_is_not_finite_is_never_saved(draw, assets, tmp_path, capsys):
+    """Its autoencoder overflows fp16, which without this would be a black picture; bf16 has the range of fp32."""
+    model = shutil.copytree(assets[0], tmp_path / "wide")
+    file = model / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"] *= 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    draw("--dtype=bf16", "--output=bf16.png", model=model)
+    with pytest.raises(SystemExit) as end:
+        draw("--dtype=fp16", model=model)
+    message = only(capsys.readouterr().err.splitlines()[-1:])
+    assert end.value.code == 1
+    assert "bf16" in message
+    assert "fp32" in message
+    assert not Path("result.png").exists()
 
 
 # What is refused

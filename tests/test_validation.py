@@ -162,6 +162,23 @@ def test_a_grid_enlarges_small_pictures_without_blur():
     assert np.array_equal(grid[8 : 8 + 256, 8 : 8 + 256], pixels.repeat(4, axis=0).repeat(4, axis=1))
 
 
+def test_a_picture_that_is_not_finite_costs_the_run_no_more_than_pictures(train, monkeypatch, capsys):
+    """Of that step: the run goes on, draws at the next one, and is exported."""
+    decode, pictures = AutoencoderKL.decode, []
+
+    def overflow_once(vae, latents, **kwargs):
+        pictures.append(decode(vae, latents, **kwargs)[0])
+        return [pictures[-1] * (torch.nan if len(pictures) == 2 else 1)]
+
+    monkeypatch.setattr(AutoencoderKL, "decode", overflow_once)
+    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
+    output = train(*SHORT, "--validation_epochs=1", "--validation_prompts", "a cat", "a dog").output
+    assert [path.name for path in (output / "samples").iterdir()] == ["step-4"]
+    assert (output / "model_index.json").exists()
+    warning = next(line for line in capsys.readouterr().out.splitlines() if "warning: " in line)
+    assert all(part in warning for part in ("step 3", "'a dog'", "bf16", "fp32"))
+
+
 def test_a_command_is_quoted_for_a_shell():
     settings = {"prompt": "-it's $5; `ls`", "negative_prompt": None, "seed": 3}
     assert shlex.split(infer.command(settings)) == ["python", "infer.py", "--prompt=-it's $5; `ls`", "--seed=3"]
