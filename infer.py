@@ -40,10 +40,10 @@ FLAGS = {
         ("output", "result.png", str, "File to write; of several, NAME-0.png, NAME-1.png and so on."),
         ("num_images", 1, integer(1), "Pictures of each prompt."),
         ("seed", None, integer(0, 2**32 - 1), "Picture i of a prompt is drawn with seed + i. Default: a random one."),
-        ("num_inference_steps", 50, integer(1), "Denoising steps."),
+        ("num_inference_steps", 50, integer(1, 998), "Denoising steps."),  # of 999, some samplers make NaN
         ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; up to 1 turns it off."),
-        ("height", None, integer(8, multiple_of=8), "Height in pixels. Default: the model's own."),
-        ("width", None, integer(8, multiple_of=8), "Width in pixels. Default: the model's own."),
+        ("height", None, integer(8, 4096, multiple_of=8), "Height in pixels. Default: the model's own."),
+        ("width", None, integer(8, 4096, multiple_of=8), "Width in pixels. Default: the model's own."),
         ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
         ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
         ("dtype", None, choice("fp32", "fp16", "bf16"), "Default: fp16 on CUDA, fp32 elsewhere."),
@@ -87,15 +87,24 @@ def resolve(args, given, problems):
     if args.negative_prompt is not None and args.guidance_scale <= 1:
         problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")
 
-    output, count = Path(args.output), args.num_images * len(args.prompt)
+    problems.extend(f"--output {args.output}: {problem}" for problem in resolve_output(args))
+
+
+def resolve_output(args):
+    """List in `args` the files to write, and yield what keeps them from being written, if anything does."""
+    output, count = Path(args.output or ".png"), args.num_images * len(args.prompt)
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
     if output.suffix.lower() != ".png":
-        problems.append(f"--output {output}: must end in .png, whose text holds the settings")
-    elif any(path.is_dir() for path in args.outputs) or any(path.is_file() for path in output.parents):
-        problems.append(f"--output {output}: a folder of that name, or a file of the name of its folder, is in the way")
-    existing = ", ".join(str(path) for path in args.outputs if path.exists())
-    if count > 1 and existing:
-        problems.append(f"--output {output}: would overwrite {existing}; move them away, or choose another name")
+        yield "must end in .png, whose text holds the settings"
+    elif max(len(os.fsencode(name)) for name in args.outputs[-1].parts) > 255:
+        yield "a name in it is longer than 255 bytes"
+    elif any(map(os.path.isdir, args.outputs)) or any(map(os.path.isfile, output.parents)):
+        yield "a folder of that name, or a file of the name of its folder, is in the way"
+    elif existing and count > 1:
+        yield f"would overwrite {existing}; move them away, or choose another name"
+    elif not os.access(existing or sd_config.disk_of(output.parent), os.W_OK):
+        yield f"no permission to write {existing or sd_config.disk_of(output.parent)}"
 
 
 if __name__ == "__main__":
@@ -122,6 +131,9 @@ def main(args):
     pipeline = open_pipeline(args, DTYPES[dtype]).to(device)
     pipeline.set_progress_bar_config(desc="Denoising")
 
+    for text in (*args.prompt, args.negative_prompt or ""):
+        if len(pipeline.tokenizer(text, verbose=False).input_ids) > pipeline.tokenizer.model_max_length:
+            print(f"note: has more than {pipeline.tokenizer.model_max_length} tokens, and will be cut: {text!r}")
     first_seed = secrets.randbits(32) if args.seed is None else args.seed
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     for index, path in enumerate(args.outputs):
@@ -156,7 +168,8 @@ def choose_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        (probe := torch.empty(0, device=name)).cpu()  # which `meta`, that holds no numbers, refuses
+        return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has a way of its own for each device
         return stop_if([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
 

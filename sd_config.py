@@ -64,9 +64,8 @@ def flag_type(metavar, allowed, convert):
 
 def integer(low, high=None, *, multiple_of=1, word=None):
     """Return a flag type for whole numbers from `low` to `high`, in steps of `multiple_of`, or one `word` instead."""
-    allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    if multiple_of > 1:
-        allowed = f"a multiple of {multiple_of}, at least {low}"
+    allowed = f"a {'whole number' if multiple_of == 1 else f'multiple of {multiple_of}'} "
+    allowed += f"of at least {low}" if high is None else f"from {low} to {high}"
     numbers = range(low, 10**18 if high is None else high + 1, multiple_of)
 
     def convert(text):
@@ -178,7 +177,7 @@ FLAGS = {
         ("low_memory", False, bool, "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in "
          "the host's memory, --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao)."),
         ("mixed_precision", None, choice("no", "fp16", "bf16"),
-         "Precision of the forward and backward passes. Default: that of `accelerate config`, or no."),
+         "Precision of the forward and backward passes. Default: what `accelerate launch` sets, or no."),
         ("allow_tf32", False, bool, "Let float32 matrix products use TF32."),
         ("gradient_checkpointing", False, bool, "Recompute activations: less memory, more time."),
         ("enable_xformers_memory_efficient_attention", False, bool, "Use xformers' attention."),

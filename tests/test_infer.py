@@ -1,6 +1,7 @@
 """Pictures from prompts: what each flag changes, what the PNG says, and what is refused before anything is loaded."""
 
 import json
+import os
 import shutil
 import types
 from pathlib import Path
@@ -228,7 +229,7 @@ def test_no_seed_draws_another_picture_each_time(draw):
 def test_default_device_is_the_best_there_is(monkeypatch, there, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=device))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=device, cpu=lambda: None))
     assert infer.choose_device() == best
 
 
@@ -395,6 +396,13 @@ def test_a_picture_that_is_not_finite_is_never_saved(draw, assets, tmp_path, cap
     assert not Path("result.png").exists()
 
 
+def test_a_prompt_that_is_cut_is_noted(draw, monkeypatch, capsys):
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    draw("--prompt", "a cat " * 40, "a dog", f"--negative_prompt={'bad ' * 80}")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [("a cat" in note, "bad" in note, "77 tokens" in note) for note in notes] == [(1, 0, 1), (0, 1, 1)]
+
+
 # What is refused
 
 
@@ -410,10 +418,12 @@ def assert_says(problem, says):
     [
         ("--num_images=0", "--num_images 0: must be … at least 1"),
         ("--seed=4294967296", "--seed 4294967296: must be … from 0 to 4294967295"),
-        ("--num_inference_steps=0", "--num_inference_steps 0: must be … at least 1"),
+        ("--num_inference_steps=0", "--num_inference_steps 0: must be … from 1 to 998"),
+        ("--num_inference_steps=999", "--num_inference_steps 999: must be … from 1 to 998"),
         ("--guidance_scale=-1", "--guidance_scale -1: must be … at least 0"),
         ("--height=100", "--height 100: must be … multiple of 8"),
-        ("--width=0", "--width 0: must be … multiple of 8, at least 8"),
+        ("--height=1000000", "--height 1000000: must be … multiple of 8 … to 4096"),
+        ("--width=0", "--width 0: must be … multiple of 8 from 8"),
         ("--scheduler=dpm", "--scheduler dpm: must be … pndm, ddim, ddpm, euler, euler_a, heun, dpm++, unipc"),
         ("--dtype=fp8", "--dtype fp8: must be … fp32, fp16, bf16"),
         ("--guidance_scale=1 --negative_prompt=cat", "--negative_prompt: has no effect without guidance"),
@@ -423,6 +433,11 @@ def assert_says(problem, says):
         ("--output=result", "--output result: must end in .png"),
         ("--output=folder.png", "--output folder.png: a folder of that name"),
         ("--output=file/result.png", "--output file/result.png: a folder of that name, or a file"),
+        ("--output=", "--output : must end in .png"),
+        ("--output= --num_images=2", "--output : must end in .png"),
+        (f"--output={'a' * 252}.png", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 250}.png --num_images=2", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 256}/a.png", "--output aaa … longer than 255 bytes"),
         ("--model_path=./nope", "--model_path ./nope: no such folder"),
         ("--model_path=/nope", "--model_path /nope: no such folder"),
         ("--model_path=nope", "--model_path nope: no such folder"),
@@ -441,7 +456,7 @@ def test_refused_before_anything_is_loaded(refuse, assets, flags, says):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        *((f"--device={device}", f"--device {device}: not usable here") for device in ("bogus", "cuda:99", "", "hpu")),
+        *((f"--device={name}", f"--device {name}: not usable here") for name in ("bogus", "cuda:9", "", "hpu", "meta")),
         ("--model_path=owner/name", "--model_path owner/name: … check name and network, or give a local folder"),
         ("--model_path=cut-short", "--model_path cut-short: cannot be loaded (check the folder): "),
     ],
@@ -451,6 +466,14 @@ def test_refused_while_loading(refuse, assets, flags, says):
     file = Path(shutil.copytree(assets[0], "cut-short"), "text_encoder/model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     assert_says(only(refuse("--device=cpu", *flags.split(), load=True)), says)
+
+
+@pytest.mark.parametrize("place", ["result.png", "new/folder/result.png"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_loaded(refuse, assets, monkeypatch, place):
+    Path("result.png").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root may write anyway
+    problem = only(refuse(f"--model_path={assets[0]}", f"--output={place}"))
+    assert problem.startswith(f"--output {place}: no permission to write")
 
 
 def test_all_problems_are_reported_together(refuse):
