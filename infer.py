@@ -6,6 +6,7 @@ its validation pictures with the functions below, and loads its models with them
 """
 
 import itertools
+import json
 import os
 import secrets
 import shlex
@@ -39,10 +40,10 @@ FLAGS = {
         ("output", "result.png", str, "File to write; for several pictures, NAME-0.png, NAME-1.png …"),
         ("num_images", 1, integer(1), "Pictures of each prompt."),
         ("seed", None, integer(0, 2**32 - 1), "Picture i of a prompt is drawn with seed + i. Default: a random one."),
-        ("num_inference_steps", 50, integer(1), "Denoising steps."),
+        ("num_inference_steps", 50, integer(1, 998), "Denoising steps."),  # of 999, some samplers make NaN
         ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; 1 or less turns it off."),
-        ("height", None, integer(8, multiple_of=8), "Height in pixels. Default: the model's own."),
-        ("width", None, integer(8, multiple_of=8), "Width in pixels. Default: the model's own."),
+        ("height", None, integer(8, 4096, multiple_of=8), "Height in pixels. Default: the model's own."),
+        ("width", None, integer(8, 4096, multiple_of=8), "Width in pixels. Default: the model's own."),
         ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
         ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
         ("dtype", None, choice("fp32", "fp16", "bf16"), "Precision. Default: fp16 on CUDA, else fp32."),
@@ -67,12 +68,12 @@ def parse_args(argv=None):
 
 def resolve(args, given, problems):
     """Complete `args` in place: the base of a checkpoint, and the files to write. Nothing is loaded yet."""
-    args.base, args.origin = {}, {"model_path": args.model_path}
+    args.base, args.trained, args.origin = {}, {}, {"model_path": args.model_path}
     if args.checkpoint is not None:
         if damage := sd_config.find_damage(Path(args.checkpoint), "unet"):
             stop_if([f"--checkpoint {args.checkpoint}: not a whole checkpoint: {damage}"])
         saved = sd_config.read_state(args.checkpoint, "--checkpoint")
-        args.prediction_type = saved.prediction_type
+        args.trained["prediction_type"] = saved.prediction_type
         args.origin["checkpoint"] = args.checkpoint
         if "model_path" not in given:  # given, it says where the base has moved since
             args.model_path, args.origin["model_path"] = saved.base_model, None
@@ -86,15 +87,24 @@ def resolve(args, given, problems):
     if args.negative_prompt is not None and args.guidance_scale <= 1:
         problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")
 
-    output, count = Path(args.output), args.num_images * len(args.prompt)
+    problems.extend(f"--output {args.output}: {problem}" for problem in resolve_output(args))
+
+
+def resolve_output(args):
+    """List in `args` the files to write, and yield what keeps them from being written, if anything does."""
+    output, count = Path(args.output or ".png"), args.num_images * len(args.prompt)
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
     if output.suffix.lower() != ".png":
-        problems.append(f"--output {output}: must end in .png: only PNGs hold the settings as text")
-    elif any(path.is_dir() for path in args.outputs) or any(path.is_file() for path in output.parents):
-        problems.append(f"--output {output}: is a folder, or a folder in its path is a file")
-    existing = ", ".join(str(path) for path in args.outputs if path.exists())
-    if count > 1 and existing:
-        problems.append(f"--output {output}: would overwrite {existing}; move them away, or choose another name")
+        yield "must end in .png: only PNGs hold the settings as text"
+    elif max(len(os.fsencode(name)) for name in args.outputs[-1].parts) > 255:
+        yield "a name in it is longer than 255 bytes"
+    elif any(map(os.path.isdir, args.outputs)) or any(map(os.path.isfile, output.parents)):
+        yield "is a folder, or a folder in its path is a file"
+    elif existing and count > 1:
+        yield f"would overwrite {existing}; move them away, or choose another name"
+    elif not os.access(existing or sd_config.disk_of(output.parent), os.W_OK):
+        yield f"no permission to write {existing or sd_config.disk_of(output.parent)}"
 
 
 if __name__ == "__main__":
@@ -122,6 +132,9 @@ def main(args):
     pipeline = open_pipeline(args, DTYPES[dtype]).to(device)
     pipeline.set_progress_bar_config(desc="Denoising")
 
+    for text in (*args.prompt, args.negative_prompt or ""):
+        if len(pipeline.tokenizer(text, verbose=False).input_ids) > pipeline.tokenizer.model_max_length:
+            print(f"note: has more than {pipeline.tokenizer.model_max_length} tokens, and will be cut: {text!r}")
     first_seed = secrets.randbits(32) if args.seed is None else args.seed
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     for index, path in enumerate(args.outputs):
@@ -135,8 +148,9 @@ def main(args):
             "width": args.width or size,
         }
         drawn_by = {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "device": device}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = draw(pipeline, path, settings, args.origin | drawn_by)
+        with sd_config.exit_on(sd_config.ReportedError, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = draw(pipeline, path, settings, args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
 
 
@@ -147,7 +161,7 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
     # The trainer tokenises captions once before its loader's workers fork, which tokenizers would warn about.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler thinks of diffusers' code
+    warnings.filterwarnings("ignore", module="torch._dynamo|diffusers")  # what both think of diffusers' code
 
 
 def choose_device(name=None):
@@ -155,28 +169,20 @@ def choose_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        (probe := torch.empty(0, device=name)).cpu()  # which `meta`, that holds no numbers, refuses
+        return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:  # torch fails in another way for each device
         return stop_if([f"--device {name}: not usable here: {str(error).splitlines()[0]}"])
 
 
 def open_pipeline(args, dtype):
     """Load the pipeline that `args` describes: of a model, or of a checkpoint's UNet on its base model."""
-    parts = {}
+    options, load_unet = args.base | {"dtype": dtype}, UNet2DConditionModel.from_pretrained
     if args.checkpoint is not None:
-        folder = Path(args.checkpoint)
-        subfolder = "unet_ema" if (folder / "unet_ema").is_dir() else "unet"
-        parts["unet"] = load(
-            UNet2DConditionModel.from_pretrained, "--checkpoint", folder, subfolder=subfolder, dtype=dtype
-        )
-    pipeline = load(
-        StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, dtype=dtype, **parts, **args.base
-    )
-    if args.scheduler is not None:
-        scheduler_class = getattr(diffusers, SCHEDULERS[args.scheduler])
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
-    if args.checkpoint is not None:
-        set_prediction_type(pipeline, args.prediction_type)
+        name = "unet_ema" if Path(args.checkpoint, "unet_ema").is_dir() else "unet"
+        options["unet"] = load(load_unet, "--checkpoint", args.checkpoint, subfolder=name, dtype=dtype)
+    pipeline = load(StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, **options)
+    set_scheduler(pipeline, SCHEDULERS.get(args.scheduler), **args.trained)
     return pipeline
 
 
@@ -220,28 +226,35 @@ def stored_dtypes(model, variant):
     return [dtypes[name] for name in names if name in dtypes]
 
 
-def set_prediction_type(pipeline, prediction_type):
-    """Tell the pipeline's scheduler what its UNet predicts: "epsilon" or "v_prediction"."""
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+def set_scheduler(pipeline, name=None, **settings):
+    """Give a pipeline a scheduler of a class of diffusers, by its name, or of the same; `settings` change its own."""
+    scheduler, kind = pipeline.scheduler, getattr(diffusers, name) if name else type(pipeline.scheduler)
+    # As StableDiffusionPipeline makes it, but only its first one: latents go beyond the [-1, 1] of clipped samples.
+    pipeline.scheduler = kind.from_config(scheduler.config, clip_sample=False, steps_offset=1, **settings)
 
 
 def draw(pipeline, path, settings, text):
-    """Draw a picture and write it as a PNG, whose text chunks hold its settings and more. Return it, a PIL image.
+    """Draw a picture and write it as a PNG, whose text holds its settings and more as JSON. Return it, a PIL image.
 
     `settings` are the arguments of `sample`; `text` is what else the PNG is to say. Values of None are not written.
     The folder of `path` must exist.
     """
     image, chunks = sample(pipeline, **settings), PngInfo()
-    for name, value in (settings | text).items():
-        if value is not None:
-            chunks.add_itxt(name, str(value))
+    said = {name: value for name, value in (settings | text).items() if value is not None}
+    said = json.dumps(said, default=str, ensure_ascii=False).encode(errors="backslashreplace")  # a path may not be text
+    chunks.add_itxt(sd_config.PNG_TEXT, said)  # in one chunk that only we read: ComfyUI takes `prompt` for its own JSON
     image.save(path, pnginfo=chunks)
     return image
 
 
+def settings_of(image):
+    """Return what `draw` wrote into a PNG (PIL.Image.Image) by its names, or {} where it wrote nothing."""
+    text, old = image.info.get(sd_config.PNG_TEXT), image.info.keys() >= sd_config.OLD_PNG_TEXTS
+    return json.loads(text) if text else dict(image.text) if old else {}
+
+
 def sample(pipeline, prompt, seed, **settings):
-    """Return a picture. Its noise comes from a generator of its own on the CPU, so it is the same on every device.
+    """Return a picture that is finite. Its noise comes from a generator on the CPU, so it is the same on every device.
 
     Args:
         pipeline (StableDiffusionPipeline): the model, on its device.
@@ -250,7 +263,10 @@ def sample(pipeline, prompt, seed, **settings):
         **settings: as for the pipeline: negative_prompt, num_inference_steps, guidance_scale, height, width.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(prompt, generator=generator, **settings).images[0]
+    pixels = pipeline(prompt, generator=generator, output_type="pt", **settings).images
+    if not pixels.isfinite().all():  # diffusers would make it black
+        raise sd_config.ReportedError(f"{prompt!r}: its picture is not finite; bf16 and fp32 reach further than fp16")
+    return pipeline.image_processor.postprocess(pixels, do_denormalize=[False])[0]
 
 
 def command(settings):

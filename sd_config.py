@@ -38,7 +38,7 @@ TRAINING = """
 """.split()  # noqa: SIM905 (as one list of strings it would fill the page)
 FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in float32: an estimate before the download
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
-CHECKPOINT_NAME, ENCODED_NAME = re.compile(r"checkpoint-(\d+)"), re.compile(r"encoded-[0-9a-f]{16}")
+ENCODED_NAME = re.compile(r"encoded-[0-9a-f]{16}")
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 EXPORT = (*PARTS, INDEX, "README.md")
@@ -69,9 +69,8 @@ def flag_type(metavar, allowed, convert):
 
 def integer(low, high=None, *, multiple_of=1, word=None):
     """Return a flag type for whole numbers from `low` to `high`, in steps of `multiple_of`, or one `word` instead."""
-    allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    if multiple_of > 1:
-        allowed = f"a multiple of {multiple_of}, at least {low}"
+    allowed = f"a {'whole number' if multiple_of == 1 else f'multiple of {multiple_of}'} "
+    allowed += f"of at least {low}" if high is None else f"from {low} to {high}"
     numbers = range(low, 10**18 if high is None else high + 1, multiple_of)
 
     def convert(text):
@@ -191,7 +190,7 @@ FLAGS = {
         ("low_memory", False, bool, "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in "
          "the host's memory, --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao)."),
         ("mixed_precision", None, choice("no", "fp16", "bf16"),
-         "Precision of the forward and backward passes. Default: that of `accelerate config`, or no."),
+         "Precision of the forward and backward passes. Default: what `accelerate launch` sets, or no."),
         ("allow_tf32", False, bool, "Let float32 matrix products use TF32."),
         ("gradient_checkpointing", False, bool, "Recompute activations: less memory, more time."),
         ("enable_xformers_memory_efficient_attention", False, bool, "Use xformers' attention."),
@@ -282,14 +281,14 @@ def stop_if(problems):
 
 
 def stop(problem):
-    """Print a problem that the other processes may not have, and exit with code 2."""
+    """Print a problem that the other processes may not have, and exit with its code, where it has one, or 2."""
     print(f"error: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(getattr(problem, "code", 2))
 
 
 @contextlib.contextmanager
 def exit_on(*errors):
-    """Exit with code 2, and the error's message in place of a traceback, if one of `errors` is raised."""
+    """Exit with the error's code, or 2, and its message in place of a traceback, if one of `errors` is raised."""
     try:
         yield
     except errors as error:
@@ -658,12 +657,9 @@ def checksum(path):
 
 def drawn_by_us(path):
     """Say whether a file is a PNG with the text that `infer.draw` writes, or wrote when each setting had a chunk."""
-    content, names, start = Path(path).read_bytes(), set(), 8
-    while content.startswith(b"\x89PNG") and start < len(content):  # a chunk: length, kind, what it holds, checksum
-        if content[start + 4 : start + 8] in (b"tEXt", b"zTXt", b"iTXt"):
-            names.add(content[start + 8 : start + 88].split(b"\0")[0].decode("latin-1"))
-        start += 12 + int.from_bytes(content[start : start + 4])
-    return PNG_TEXT in names or names >= OLD_PNG_TEXTS
+    head = Path(path).read_bytes().partition(b"IDAT")[0].decode("latin-1")
+    names = set(re.findall(r"iTXt(\w+)\0", head))
+    return head.startswith("\x89PNG") and (PNG_TEXT in names or names >= OLD_PNG_TEXTS)
 
 
 def flush(folder, within=True):
@@ -833,7 +829,7 @@ def foreign_files(folder):
         return [file for name, file in files.items() if name not in {*listed, MANIFEST}]
     if "effective_batch" in read_json(folder / STATE):  # its manifest is damaged
         return [file for name, file in files.items() if name.split("/")[0] not in CHECKPOINT]
-    drawn = [file for file in files.values() if drawn_by_us(file)]
+    drawn = [file for file in files.values() if not file.is_symlink() and drawn_by_us(file)]
     return [file for file in files.values() if file not in drawn and not (drawn and file.name == "grid.png")]
 
 

@@ -1333,13 +1333,17 @@ def validate(run, signals, *, missing_only=False):
     run.accelerator.wait_for_everyone()
     folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
-        hidden = Path(run.args.output_dir, sd_config.OWN, folder.name)
+        hidden, images = Path(run.args.output_dir, sd_config.OWN, folder.name), []
         measure(run, "val/loss")
         with averaged_weights(run):
             if run.average:
                 measure(run, "val/loss_ema")
-            images = draw_prompts(run, hidden, signals) if prompts else []
-        if prompts and not signals.number:
+            try:
+                images = draw_prompts(run, hidden, signals) if prompts else []
+            except sd_config.ReportedError as error:  # a picture is not finite, but the training is
+                tqdm.write(f"warning: no validation pictures of step {run.step}: {error}")
+                shutil.rmtree(hidden)
+        if images and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
             sd_config.flush(hidden)
@@ -1380,7 +1384,7 @@ def draw_prompts(run, folder, signals):
     parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.stream.tokenizer}
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
+    infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
     settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
     settings["guidance_scale"] = run.args.validation_guidance_scale
     settings["height"] = settings["width"] = run.args.resolution
@@ -1532,10 +1536,13 @@ def export(run):
     if accelerator.is_main_process:
         hidden = output / sd_config.OWN / "export"
         with sd_config.written_whole(hidden, f"the pipeline in {output}", run.plan.export_bytes) as staging:
-            infer.set_prediction_type(pipeline, run.loss_options["prediction_type"])
+            infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
             average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
             pipeline.unet = average or run.unet
             pipeline.save_pretrained(staging)
+            pipeline.tokenizer.backend_tokenizer.model.save(str(staging / "tokenizer"))  # as transformers 4 reads it
+            for file in staging.glob("*/config.json"):  # by which transformers chooses, while diffusers loads float32
+                file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")

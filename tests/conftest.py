@@ -29,6 +29,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+import infer
 import tiny_sd15
 
 trainer = importlib.import_module("train_sd1-5_naruto")
@@ -204,7 +205,7 @@ def samples(output):
     """The validation pictures of an output folder by their names: their pixels, and their text without the command."""
     images = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/step-[0-9]*/*")}
     return {
-        name: (image.tobytes(), {key: value for key, value in image.text.items() if key != "command"})
+        name: (image.tobytes(), {key: value for key, value in infer.settings_of(image).items() if key != "command"})
         for name, image in images.items()
     }
 

@@ -197,7 +197,7 @@ BAD = {
         checkpointing_steps=0 checkpoints_total_limit=0 validation_epochs=0
     """,
     "at least 1, or auto": "micro_batch_size=0 micro_batch_size=all",
-    "multiple of 8, at least 8": "resolution=100",
+    "multiple of 8 of at least 8": "resolution=100",
     "from 0 to 4294967295": f"seed=4294967296 seed={'9' * 5000}",
     "a whole number": "train_batch_size=1.5",
     "a number": "learning_rate=fast",

@@ -1,17 +1,20 @@
 """The demo: what it draws, how that is measured, its base model, and that a training on it learns."""
 
+import json
 import re
 import runpy
 import sys
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import build_base
 import measure
 import portraits
 from conftest import ROOT, start
@@ -82,6 +85,36 @@ def test_the_base_has_the_parts_of_sd15_and_is_small():
     assert sum(file.stat().st_size for file in files) <= 10e6
 
 
+def peaks(vae):
+    """The largest absolute value that any layer of an autoencoder puts out, in float32, of portraits in both styles."""
+    drawn = [portraits.draw(person, style) for person, _ in portraits.people(3, 16) for style in portraits.STYLES]
+    pictures, found = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1, []
+    for layer in vae.modules():
+        layer.register_forward_hook(lambda _layer, _inputs, output: found.append(getattr(output, "sample", output)))
+    with torch.no_grad():
+        result = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    return max(tensor.abs().max() for tensor in found if torch.is_tensor(tensor)), result
+
+
+def test_the_base_fits_half_precision(held_out):
+    """Which ends at 65,504: its autoencoder stays far below, and fp16 draws what fp32 does but for rounding."""
+    vae = AutoencoderKL.from_pretrained(DEMO / "base/vae")
+    assert peaks(vae)[0] < 10000
+    settings = DEMO / "base", list(held_out[1][:2]), 3.0, 10
+    one, half = (measure.draw_captions(*settings, dtype) for dtype in ("fp32", "fp16"))
+    assert np.abs(np.stack(one) - np.stack(half, dtype=float)).mean() < 2
+
+
+def test_fitting_half_precision_leaves_an_autoencoder_what_it_was(monkeypatch):
+    vae = AutoencoderKL.from_pretrained(DEMO / "base/vae")
+    before, pictures = peaks(vae)
+    monkeypatch.setattr(build_base, "LARGEST", 256)
+    build_base.fit_half_precision(vae)
+    after, again = peaks(vae.float())
+    assert after < 1000 < before
+    assert (pictures - again).abs().max() < 1e-3
+
+
 def test_the_base_draws_what_captions_name_in_the_plain_style(held_out):
     people, captions = held_out
     scores = measure.score(measure.draw_captions(DEMO / "base", list(captions), 3.0, 30), people)
@@ -106,9 +139,9 @@ def test_the_demo_in_short_learns(train, tmp_path):
 def test_two_rows_of_pictures_make_one_comparison(tmp_path, monkeypatch, capsys):
     """Both rows must have the same prompts."""
     for name, prompt in (("before-0", "a cat"), ("before-1", "a dog"), ("after-0", "a cat"), ("after-1", "a dog")):
-        text = PngInfo()
-        text.add_itxt("prompt", prompt)
-        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png", pnginfo=text)
+        chunks = PngInfo()
+        chunks.add_itxt("sd_naruto", json.dumps({"prompt": prompt}))
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png", pnginfo=chunks)
     before, after = sorted(tmp_path.glob("before-*.png")), sorted(tmp_path.glob("after-*.png"))
     command = ["compare.py", "--output", tmp_path / "both.png", "--before", *before, "--after"]
     monkeypatch.setattr(sys, "argv", [*map(str, command + after)])

@@ -193,8 +193,9 @@ def test_a_validation_that_a_signal_cuts_short_is_repeated_by_the_resumed_run(
         assert not (run / "model_index.json").exists()
     finish(*PROMPTS)
     assert samples(run) == samples(whole.output)
-    for step in (3, 6):  # the pictures name the checkpoints, saved after the signals, of the weights that drew them
-        assert f"run/checkpoint-{step} " in Image.open(run / f"samples/step-{step}/0-a-cat.png").text["command"]
+    for step in (3, 6):  # the checkpoints that the signals left hold the weights that drew them
+        picture = Image.open(run / f"samples/step-{step}/0-a-cat.png")
+        assert f"run/checkpoint-{step} " in infer.settings_of(picture)["command"]
 
 
 def test_a_signal_during_a_save_saves_once(whole, stopped, monkeypatch, tmp_path):

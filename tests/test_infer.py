@@ -1,14 +1,18 @@
 """Pictures from prompts: what each flag changes, what is in the text of a PNG, and which flags are refused."""
 
 import json
+import os
 import shutil
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 import infer
 import sd_config
@@ -103,7 +107,8 @@ def with_state(checkpoint, folder, **changes):
 def read(path):
     """Read a picture: its pixels, its size, and its text."""
     with Image.open(path) as image:
-        return types.SimpleNamespace(path=path, pixels=image.convert("RGB").tobytes(), size=image.size, text=image.text)
+        pixels, text = image.convert("RGB").tobytes(), infer.settings_of(image)
+        return types.SimpleNamespace(path=path, pixels=pixels, size=image.size, text=text)
 
 
 def reference(model, unet=None, **scheduler):
@@ -141,11 +146,11 @@ def test_defaults_are_those_of_the_tutorial(assets, tmp_path, monkeypatch):
     [
         ("prompt", "a cup of coffee"),
         ("negative_prompt", "coffee"),
-        ("seed", "6"),
-        ("num_inference_steps", "3"),
-        ("guidance_scale", "3.0"),
-        ("height", "72"),
-        ("width", "128"),
+        ("seed", 6),
+        ("num_inference_steps", 3),
+        ("guidance_scale", 3.0),
+        ("height", 72),
+        ("width", 128),
         ("dtype", "bf16"),
     ],
 )
@@ -153,7 +158,7 @@ def test_flag_changes_the_picture_and_is_in_its_text(draw, plain, flag, value):
     changed = only(draw(f"--{flag}={value}"))
     assert changed.pixels != plain.pixels
     assert changed.text == plain.text | {flag: value}
-    assert changed.size == (int(changed.text["width"]), int(changed.text["height"]))
+    assert changed.size == (changed.text["width"], changed.text["height"])
 
 
 def test_model_path_chooses_the_model(draw, plain, assets, other):
@@ -171,13 +176,25 @@ def test_every_scheduler_loads_and_is_in_the_text(draw, monkeypatch, name, used)
     assert only(draw(f"--scheduler={name}")).text["scheduler"] == used
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_clipped_by_no_scheduler(assets, name):
+    """Of which some clip unless told otherwise, with `--scheduler` or in a scheduler's file that says nothing of it."""
+    args = infer.parse_args([f"--model_path={assets[0]}", f"--scheduler={name}"])
+    pipeline = infer.open_pipeline(args, torch.float32)
+    assert not pipeline.scheduler.config.clip_sample
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name])()
+    infer.set_scheduler(pipeline)
+    config = pipeline.scheduler.config
+    assert (config.clip_sample, config.steps_offset) == (False, 1)  # as StableDiffusionPipeline has them
+
+
 def test_several_pictures_are_those_drawn_alone(draw):
     """Picture i of a prompt is drawn with seed + i, whatever is drawn before it."""
     pictures = draw("--prompt", "a cat", "a dog", "--num_images=2", "--output=new/folder/pet.png")
     assert [picture.path for picture in pictures] == [Path(f"new/folder/pet-{index}.png") for index in range(4)]
     assert sorted(Path("new/folder").iterdir()) == [picture.path for picture in pictures]
     drawn = [(picture.text["prompt"], picture.text["seed"]) for picture in pictures]
-    assert drawn == [("a cat", "5"), ("a cat", "6"), ("a dog", "5"), ("a dog", "6")]
+    assert drawn == [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)]
     for picture, (prompt, seed) in zip(pictures, drawn, strict=True):
         assert picture.pixels == only(draw(f"--prompt={prompt}", f"--seed={seed}")).pixels
     assert len({picture.pixels for picture in pictures}) == 4
@@ -195,7 +212,7 @@ def test_no_seed_draws_another_picture_each_time(draw):
 def test_default_device_is_the_best_there_is(monkeypatch, there, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=device))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=device, cpu=lambda: None))
     assert infer.choose_device() == best
 
 
@@ -323,9 +340,50 @@ def test_picture_can_be_drawn_again_from_its_text(checkpoint, draw, assets, othe
         assert again.text == picture.text
 
 
+def test_a_picture_says_in_one_chunk_who_drew_it(draw):
+    """Which no other program takes for its own; one drawn before had a chunk for each setting."""
+    new, old, foreign = only(draw("--prompt=火影")).path, Path("old.png"), Path("foreign.png")
+    with Image.open(new) as image:
+        assert [*image.text] == ["sd_naruto"]
+        assert json.loads(image.text["sd_naruto"])["prompt"] == "火影"
+    for path, texts in ((old, {"prompt": "a", "seed": "1", "num_inference_steps": "2"}), (foreign, {"prompt": "{}"})):
+        chunks = PngInfo()
+        for name, value in texts.items():
+            chunks.add_itxt(name, value)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
+        assert read(path).text == (texts if path is old else {})
+    Path("sd_naruto.png").write_bytes(b"sd_naruto")
+    mine = [path for path in sorted(Path().glob("*.png")) if sd_config.drawn_by_us(path)]
+    assert mine == [old, new]
+
+
 def test_single_picture_is_overwritten(draw):
     Path("result.png").write_text("of before", encoding="utf-8")
     assert only(draw()).size == (64, 64)
+
+
+def test_a_picture_that_is_not_finite_is_never_saved(draw, assets, tmp_path, capsys):
+    """Its autoencoder overflows fp16, which without this would be a black picture; bf16 has the range of fp32."""
+    model = shutil.copytree(assets[0], tmp_path / "wide")
+    file = model / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"] *= 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    draw("--dtype=bf16", "--output=bf16.png", model=model)
+    with pytest.raises(SystemExit) as end:
+        draw("--dtype=fp16", model=model)
+    message = only(capsys.readouterr().err.splitlines()[-1:])
+    assert end.value.code == 1
+    assert "bf16" in message
+    assert "fp32" in message
+    assert not Path("result.png").exists()
+
+
+def test_a_prompt_that_is_cut_is_noted(draw, monkeypatch, capsys):
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    draw("--prompt", "a cat " * 40, "a dog", f"--negative_prompt={'bad ' * 80}")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [("a cat" in note, "bad" in note, "77 tokens" in note) for note in notes] == [(1, 0, 1), (0, 1, 1)]
 
 
 # What is refused
@@ -336,10 +394,12 @@ def test_single_picture_is_overwritten(draw):
     [
         ("--num_images=0", "--num_images 0: must be … at least 1"),
         ("--seed=4294967296", "--seed 4294967296: must be … from 0 to 4294967295"),
-        ("--num_inference_steps=0", "--num_inference_steps 0: must be … at least 1"),
+        ("--num_inference_steps=0", "--num_inference_steps 0: must be … from 1 to 998"),
+        ("--num_inference_steps=999", "--num_inference_steps 999: must be … from 1 to 998"),
         ("--guidance_scale=-1", "--guidance_scale -1: must be … at least 0"),
         ("--height=100", "--height 100: must be … multiple of 8"),
-        ("--width=0", "--width 0: must be … multiple of 8, at least 8"),
+        ("--height=1000000", "--height 1000000: must be … multiple of 8 … to 4096"),
+        ("--width=0", "--width 0: must be … multiple of 8 from 8"),
         ("--scheduler=dpm", "--scheduler dpm: must be … pndm, ddim, ddpm, euler, euler_a, heun, dpm++, unipc"),
         ("--dtype=fp8", "--dtype fp8: must be … fp32, fp16, bf16"),
         ("--guidance_scale=1 --negative_prompt=cat", "--negative_prompt: has no effect without guidance"),
@@ -349,6 +409,11 @@ def test_single_picture_is_overwritten(draw):
         ("--output=result", "--output result: must end in .png"),
         ("--output=folder.png", "--output folder.png: a folder of that name"),
         ("--output=file/result.png", "--output file/result.png: a folder of that name, or a file"),
+        ("--output=", "--output : must end in .png"),
+        ("--output= --num_images=2", "--output : must end in .png"),
+        (f"--output={'a' * 252}.png", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 250}.png --num_images=2", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 256}/a.png", "--output aaa … longer than 255 bytes"),
         ("--model_path=./nope", "--model_path ./nope: no such folder"),
         ("--model_path=/nope", "--model_path /nope: no such folder"),
         ("--model_path=nope", "--model_path nope: no such folder"),
@@ -367,7 +432,7 @@ def test_refused_before_anything_is_loaded(refuse, assets, flags, says):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        *((f"--device={device}", f"--device {device}: not usable here") for device in ("bogus", "cuda:99", "", "hpu")),
+        *((f"--device={name}", f"--device {name}: not usable here") for name in ("bogus", "cuda:9", "", "hpu", "meta")),
         ("--model_path=owner/name", "--model_path owner/name: … check name and network, or give a local folder"),
         ("--model_path=cut-short", "--model_path cut-short: cannot be loaded (check the folder): "),
     ],
@@ -377,6 +442,14 @@ def test_refused_while_loading(refuse, assets, flags, says):
     file = Path(shutil.copytree(assets[0], "cut-short"), "text_encoder/model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     assert_says(only(refuse("--device=cpu", *flags.split(), load=True)), says)
+
+
+@pytest.mark.parametrize("place", ["result.png", "new/folder/result.png"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_loaded(refuse, assets, monkeypatch, place):
+    Path("result.png").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root may write anyway
+    problem = only(refuse(f"--model_path={assets[0]}", f"--output={place}"))
+    assert problem.startswith(f"--output {place}: no permission to write")
 
 
 def test_all_problems_are_reported_together(refuse):

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics, pictures, checkpoints, and the exported pipeline."""
 
+import json
 import re
 import shutil
 
@@ -13,7 +14,7 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 from transformers import CLIPTextModel
 
 import infer
-from conftest import DENOISING_STEPS, assert_same, assert_same_state, files, learned, trainer, weights
+from conftest import DENOISING_STEPS, ROOT, assert_same, assert_same_state, files, learned, trainer, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-3")
 PROMPTS = ("--validation_prompts", "a cat", "a rocket")
@@ -31,10 +32,14 @@ def whole(train_once, monkeypatch):
 
 def test_the_export_is_a_complete_pipeline(whole, assets):
     """It has the files of the base model, and few others. Of the base model's parts only the UNet has changed."""
-    base = files(assets[0]) - {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "special_tokens_map.json")}
+    base = files(assets[0]) - {"tokenizer/special_tokens_map.json"}
     added = {"README.md", "tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.non_ema.safetensors"}
     exported = {name for name in files(whole.output) if not name.startswith(("checkpoint-2/", "samples/", "."))}
     assert exported == base | added
+    for name in ("vocab.json", "merges.txt"):  # which transformers 4 reads
+        paths = (folder / "tokenizer" / name for folder in (assets[0], whole.output))
+        one, other = (path.read_text(encoding="utf-8") for path in paths)
+        assert (json.loads(one) == json.loads(other)) if name == "vocab.json" else one == other
     for part in ("vae", "text_encoder", "safety_checker"):
         name = "diffusion_pytorch_model.safetensors" if part == "vae" else "model.safetensors"
         assert_same(weights(assets[0] / part, name), weights(whole.output / part, name))
@@ -93,6 +98,24 @@ def test_half_precision_files_are_exported_in_half_precision(train, assets, tmp_
     for part, stem in stems.items():
         stored, exported = (weights(folder / part, f"{stem}.safetensors") for folder in (assets[0], run.output))
         assert_same({name: value.half() for name, value in stored.items()}, exported)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_readmes_snippet_draws_with_any_export(train, assets, tmp_path, monkeypatch, dtype):
+    """Whatever precision the base is stored in. The export keeps it, and the names of the tensors, old or new."""
+    base, prefix = shutil.copytree(assets[0], tmp_path / "base"), "" if dtype is torch.float16 else "text_model."
+    for file in base.glob("*/*.safetensors"):
+        tensors = weights(file.parent, file.name).items()
+        tensors = {name.replace("text_model.", prefix): value.to(dtype) for name, value in tensors}
+        save_file(tensors, file, metadata={"format": "pt"})
+    output = train(*SHORT, "--max_train_steps=1", model=base, output="sd-naruto-model").output
+    for file in ("vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model"):
+        one, other = (weights(folder, f"{file}.safetensors") for folder in (base, output))
+        assert_same(one, other)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace('.to("cuda")', ""))
+    assert Image.open("result.png").size == (64, 64)
 
 
 def test_a_base_without_a_safety_checker_works(train, assets, tmp_path):
@@ -167,7 +190,7 @@ def test_validation_pictures_are_the_ones_that_inference_draws(whole, tmp_path):
     infer.main(infer.parse_args([*flags, f"--output={again}"]))
     picture = Image.open(whole.output / "samples/step-2/1-a-rocket.png")
     assert picture.tobytes() == Image.open(again).tobytes()
-    assert picture.text["prompt"] == "a rocket"
+    assert infer.settings_of(picture)["prompt"] == "a rocket"
 
 
 def test_one_prompt_does_not_change_the_picture_of_another(train):

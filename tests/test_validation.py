@@ -114,20 +114,21 @@ def test_each_picture_names_the_command_that_draws_it_again(train, tmp_path):
     output = train(*SHORT, *flags, *drawn).output
     pictures = {step: sorted(output.glob(f"samples/step-{step}/[01]-*.png")) for step in (2, 4, 5)}
     assert [len(files) for files in pictures.values()] == [2, 2, 2]
-    assert not any("command" in Image.open(file).text for file in pictures.pop(2))
+    assert not any("command" in infer.settings_of(Image.open(file)) for file in pictures.pop(2))
     for step, files in pictures.items():
         for file in files:
             picture = Image.open(file)
-            program, script, *flags = shlex.split(picture.text["command"])
+            settings = infer.settings_of(picture)
+            program, script, *flags = shlex.split(settings["command"])
             assert (program, script) == ("python", "infer.py")
             assert flags[0] == f"--checkpoint={output}/checkpoint-{step}"
             infer.main(infer.parse_args([*flags, "--output", str(tmp_path / "again.png")]))
             again = Image.open(tmp_path / "again.png")
             assert picture.size == (128, 128)
             assert np.array_equal(np.asarray(picture), np.asarray(again)), (step, file)
-            assert {picture.text["guidance_scale"], again.text["guidance_scale"]} == {"3.0"}
-            assert picture.text["prompt"] == again.text["prompt"]
-            assert picture.text["step"] == str(step)
+            for name in ("guidance_scale", "prompt"):
+                assert settings[name] == infer.settings_of(again)[name]
+            assert settings["step"] == step
 
 
 @pytest.mark.parametrize("side", [64, 300])
@@ -152,6 +153,23 @@ def test_a_grid_enlarges_small_pictures_without_blur():
     pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     grid = np.asarray(infer.captioned_grid([[Image.fromarray(pixels)]], ["noise"]))
     assert np.array_equal(grid[8 : 8 + 256, 8 : 8 + 256], pixels.repeat(4, axis=0).repeat(4, axis=1))
+
+
+def test_a_picture_that_is_not_finite_costs_the_run_no_more_than_pictures(train, monkeypatch, capsys):
+    """Of that step: the run goes on, draws at the next one, and is exported."""
+    decode, pictures = AutoencoderKL.decode, []
+
+    def overflow_once(vae, latents, **kwargs):
+        pictures.append(decode(vae, latents, **kwargs)[0])
+        return [pictures[-1] * (torch.nan if len(pictures) == 2 else 1)]
+
+    monkeypatch.setattr(AutoencoderKL, "decode", overflow_once)
+    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
+    output = train(*SHORT, "--validation_epochs=1", "--validation_prompts", "a cat", "a dog").output
+    assert [path.name for path in (output / "samples").iterdir()] == ["step-4"]
+    assert (output / "model_index.json").exists()
+    warning = next(line for line in capsys.readouterr().out.splitlines() if "warning: " in line)
+    assert all(part in warning for part in ("step 3", "'a dog'", "bf16", "fp32"))
 
 
 def test_a_command_is_quoted_for_a_shell():

@@ -58,7 +58,6 @@ def build_model(folder, *, full=False, seed=0, merges=MERGES):
     """Write a random Stable Diffusion pipeline, all in safetensors."""
     import torch  # noqa: PLC0415 (slow imports: --help should not wait for them)
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: PLC0415
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: PLC0415
 
     torch.manual_seed(seed)
@@ -91,8 +90,16 @@ def build_model(folder, *, full=False, seed=0, merges=MERGES):
         requires_safety_checker=not full,  # the true one would add 1.2 GB that no training touches
         **dict.fromkeys(("safety_checker", "feature_extractor")) if full else safety_parts(),
     ).save_pretrained(folder)
-    # Two things that today's libraries would write in another way than SD1.5 has them: the tokenizer's files, and the
-    # names of the text encoder's weights.
+    write_as_sd15(folder, merges)
+
+
+def write_as_sd15(folder, merges=MERGES):
+    """Write two things of a pipeline as SD1.5 has them, and transformers 4 reads them, but today's libraries do not.
+
+    They are the tokenizer's files (see `write_tokenizer`), and the names of the text encoder's weights.
+    """
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
     write_tokenizer(folder / "tokenizer", merges)
     file = folder / "text_encoder/model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}

@@ -24,6 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -42,6 +46,7 @@ TEXT = {"rows": 20000, "steps": 1000, "batch": 64, "rate": 2e-3}
 UNET = {"rows": 4096, "steps": 6000, "batch": 64, "rate": 1e-3}
 GUIDANCE_SCALE, STEPS = 3.0, 30  # with which the result is measured
 KL_WEIGHT = 1e-4  # of the autoencoder's loss: only enough to keep its latents in one place
+LARGEST = 4096  # value in the autoencoder, of portraits: a sixteenth of what half precision holds
 WORDS = {  # what the text encoder learns to name: attribute -> words that stand for each value
     "hair": [f"{name} hair" for name in portraits.HAIR],
     "background": [f"{name} {what}" for name in portraits.BACKGROUNDS for what in ("background", "wall")],
@@ -65,15 +70,16 @@ def main(work, base):
     random_model = work / "random"
     if not (random_model / "model_index.json").exists():
         assemble(random_model, tokenizer, text_encoder, vae)
-        tiny_sd15.write_tokenizer(random_model / "tokenizer", merges=MERGES)
+        tiny_sd15.write_as_sd15(random_model, merges=MERGES)
     plain = work / "plain"
     if not (plain / "metadata.jsonl").exists():
         portraits.write(plain, "plain", UNET["rows"], SEED)
     train_unet(random_model, plain, work / "trained")
     pipeline = StableDiffusionPipeline.from_pretrained(work / "trained", dtype=torch.float16)
+    fit_half_precision(pipeline.vae)
     shutil.rmtree(base, ignore_errors=True)
     pipeline.save_pretrained(base)
-    tiny_sd15.write_tokenizer(base / "tokenizer", merges=MERGES)
+    tiny_sd15.write_as_sd15(base, merges=MERGES)
     for file in (base / "model_index.json", *base.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)  # of the folder worked in
@@ -94,7 +100,7 @@ def model_card(pipeline, base):
         f"Made from nothing by `tests/demo/build_base.py` (seed {SEED}, torch {torch.__version__}), on drawings of",
         "`tests/demo/portraits.py`; the UNet by `train_sd1-5_naruto.py` itself, on portraits in the plain style only.",
         f"Its tokenizer has the first {MERGES} merges of CLIP's vocabulary (MIT licence, OpenAI). The safety checker",
-        "flags nothing. All weights are in half precision.",
+        "flags nothing. All weights are in half precision; the VAE's were scaled so that its activations fit it too.",
         "",
         "| part | weights | steps | samples a step |",
         "|---|---|---|---|",
@@ -271,6 +277,63 @@ def train_autoencoder(work):
         latents = torch.cat([vae.encode(batch(torch.arange(n, n + 64))).latent_dist.mean for n in range(0, 1024, 64)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae.eval()
+
+
+@torch.no_grad()
+def fit_half_precision(vae):
+    """Scale weights of an autoencoder so that its activations fit half precision, and compute what they did before.
+
+    In training the sum that its blocks add to grew to 600,000, and half precision ends at 65,504. But most layers read
+    the sum through a group normalisation, which takes out its scale (an epsilon of 1e-6 is far below the variances).
+    So the sum may have any scale in a stretch between two layers that read it as it is (resampling, a shortcut), if
+    all that is added to it there has the same. The scales are powers of two, by which numbers are multiplied exactly.
+
+    Args:
+        vae (AutoencoderKL): changed in place, and in half precision afterwards.
+    """
+    people = [person for person, _ in portraits.people(SEED, 64)]
+    drawn = np.stack([np.asarray(portraits.draw(person, style)) for person in people for style in portraits.STYLES])
+    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = vae.float().encode(pictures).latent_dist.mean
+    for half, run in ((vae.encoder, lambda: vae.encode(pictures)), (vae.decoder, lambda: vae.decode(latents))):
+        stretches, scale = [], 1
+        for reader, adders, peak in layers_of_the_sum(half, run):
+            if reader is not None:
+                stretches.append([reader, [], 0])
+            stretches[-1][1].extend(adders)
+            stretches[-1][2] = max(stretches[-1][2], peak)
+        for reader, adders, peak in stretches:
+            before, scale = scale, min(1, 2.0 ** math.floor(math.log2(LARGEST / peak)))
+            reader.weight.mul_(scale / before)
+            reader.bias.mul_(scale)
+            for weight in (weight for layer in adders for weight in layer.parameters()):
+                weight.mul_(scale)
+    vae.half()
+
+
+def layers_of_the_sum(half, run):
+    """Return the layers that change the sum in an encoder or decoder, in the order in which `run` runs them.
+
+    Each comes as (what reads the sum as it is, or None; a list of what adds to it; the largest value afterwards).
+    """
+    kinds, layers, hooks = (ResnetBlock2D, Attention, Downsample2D, Upsample2D), [], []
+
+    def note(layer, _inputs, output):
+        if isinstance(layer, ResnetBlock2D):
+            reader, adders = layer.conv_shortcut, [layer.conv2]
+        elif isinstance(layer, Attention):
+            reader, adders = None, [layer.to_out[0]]
+        else:
+            reader, adders = getattr(layer, "conv", layer), []
+        layers.append((reader, adders, output.abs().max().item()))
+
+    for layer in half.modules():
+        if isinstance(layer, kinds) or layer is half.conv_in:
+            hooks.append(layer.register_forward_hook(note))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return layers
 
 
 def drawing(number):

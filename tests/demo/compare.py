@@ -25,7 +25,7 @@ if __name__ == "__main__":
     import infer
 
     rows = [[Image.open(path) for path in paths] for paths in (options.before, options.after)]
-    prompts = [[image.text["prompt"] for image in row] for row in rows]
+    prompts = [[infer.settings_of(image)["prompt"] for image in row] for row in rows]
     if prompts[0] != prompts[1]:
         parser.error("the two rows show different prompts")
     infer.captioned_grid(rows, prompts[0]).save(options.output)

@@ -100,7 +100,7 @@ def score(images, people):
     }
 
 
-def draw_captions(model, captions, guidance_scale, steps):
+def draw_captions(model, captions, guidance_scale, steps, dtype="fp32"):
     """Return a picture of each caption by a pipeline, each from noise of its own: list of PIL.Image.Image."""
     import torch  # noqa: PLC0415 (slow imports: --help should not wait for them)
     from diffusers import StableDiffusionPipeline  # noqa: PLC0415
@@ -108,7 +108,7 @@ def draw_captions(model, captions, guidance_scale, steps):
     import infer  # noqa: PLC0415
 
     infer.quiet_libraries()
-    pipeline = StableDiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(model), dtype=infer.DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for first in range(0, len(captions), 16):
@@ -124,13 +124,15 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=64, help="how many captions")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0], help="strengths of guidance")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision to draw in")
     parser.add_argument("--save", help="folder to keep the pictures in, as one sheet for each line printed")
     options = parser.parse_args()
     sd_config.announce_imports()
     people, captions = zip(*portraits.people(HELD_OUT, options.count), strict=True)
     for model in options.models:
         for guidance_scale in options.guidance_scale:
-            images = draw_captions(model, list(captions), guidance_scale, options.num_inference_steps)
+            settings = guidance_scale, options.num_inference_steps, options.dtype
+            images = draw_captions(model, list(captions), *settings)
             print(json.dumps({"model": model, "guidance_scale": guidance_scale} | score(images, people)))
             if options.save:
                 from diffusers.utils import make_image_grid
