@@ -129,9 +129,9 @@ def test_flag_skip_bad_rows(train, assets, tmp_path, capsys):
     photos = shutil.copytree(assets[1], tmp_path / "photos")
     broken = json.loads((photos / "metadata.jsonl").read_text().splitlines()[3])["file_name"]
     (photos / broken).write_bytes((photos / broken).read_bytes()[:400])
-    run = train(*FROZEN, "--max_train_samples=12", "--skip_bad_rows", data=photos)
+    run = train(*FROZEN, "--max_train_samples=12", "--skip_bad_rows", data=photos, seed=11)
     assert re.search(rf"note: left out row 3 \(\S*{broken}\): \w+Error", capsys.readouterr().out)
-    order = trainer.permutation(7, "subset", 14)
+    order = trainer.permutation(11, "subset", 14)
     assert run.run.stream.rows.kept == [number for number in order if number != 3][:12] != sorted(order)[:12]
 
 

@@ -32,6 +32,20 @@ def stream_of(assets, photos):
     return make
 
 
+def test_each_choice_has_a_draw_of_its_own(stream_of, monkeypatch):
+    """Caption, dropout, crop and flip take the five first numbers of a position's generator, in this order."""
+    stream = stream_of(random_flip=True, caption_dropout=0.4)
+    stream.rows.captions = [["one", "two", "three"]] * len(stream.rows.captions)
+    monkeypatch.setattr(stream, "load_pixels", lambda _, crop: torch.tensor([[crop]]))
+    for position in range(20):
+        seed = trainer.keyed_seed(3, "sample", position)
+        caption, dropout, top, left, flip = torch.rand(5, generator=torch.Generator().manual_seed(seed)).tolist()
+        text, crop = "" if dropout < 0.4 else ["one", "two", "three"][int(3 * caption)], [top, left]
+        sample = stream[position]
+        assert torch.equal(sample["input_ids"], trainer.tokenize(stream.tokenizer, [text])[0])
+        assert sample["pixel_values"].flatten().tolist() == pytest.approx(crop[::-1] if flip < 0.5 else crop)
+
+
 def same(one, other, names):
     return all(torch.equal(one[name], other[name]) for name in names)
 
