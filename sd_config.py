@@ -812,8 +812,7 @@ def foreign_problems(output, step):
                 strangers.append(file)
     for path in (*numbered(output, "checkpoint"), *numbered(output / SAMPLES, "step")):
         strangers += foreign_files(path) if step_of(path) > step else []
-    if (output / SAMPLES).is_symlink() or (output / SAMPLES).is_file():
-        strangers.append(output / SAMPLES)
+    strangers += [path for path in files_in(output / SAMPLES) if path == output / SAMPLES]  # a file or link itself
     names = ", ".join(str(path.relative_to(output)) for path in strangers[:5]) + ", ..." * (len(strangers) > 5)
     problem = f"--output_dir {output}: no run wrote {names} in it; move away what is yours, or choose another folder"
     return [problem] if strangers else []
@@ -821,8 +820,6 @@ def foreign_problems(output, step):
 
 def foreign_files(folder):
     """Return the files in a checkpoint's folder, or in one of samples, that no run is known to have written."""
-    if folder.is_symlink() or folder.is_file():
-        return [folder]
     files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
     listed = read_json(folder / MANIFEST)
     if STATE in listed:
