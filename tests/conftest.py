@@ -126,10 +126,11 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def start(*command, folder, processes=1):
-    """Run Python with a `command` in `folder`, or in several `processes` on CPUs. Return exit code and output.
+def start(*command, folder, processes=1, fails=False):
+    """Run Python with a `command` in `folder`, or in several `processes` on CPUs, and return what it prints.
 
-    This waits until nobody holds the output any more, so that a process left over is noticed.
+    The exit code must be 0, or not if it `fails`. This waits until nobody holds the output any more, so that a process
+    left over is noticed.
     """
     launcher, environment = [], {}
     if processes > 1:
@@ -149,7 +150,8 @@ def start(*command, folder, processes=1):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(process.communicate()[0])
-    return process.returncode, printed
+    assert (process.returncode != 0) == fails, printed
+    return printed
 
 
 def only(items):

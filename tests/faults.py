@@ -1,4 +1,4 @@
-"""Three places at which tests plant faults in the trainer. Only this file knows the functions behind them.
+"""Four places at which tests plant faults in the trainer. Only this file knows the functions behind them.
 
 A fault is a function: it may raise, send a signal, wait, take notes, or change the tensors that it is given.
 """
@@ -11,17 +11,26 @@ import sd_config
 trainer = importlib.import_module("train_sd1-5_naruto")
 
 
-def plant(set_attribute=setattr, *, before_micro_batch=None, after_step=None, while_saving=None):
+def plant(set_attribute=setattr, *, in_sample=None, before_micro_batch=None, after_step=None, while_saving=None):
     """Have the trainer call faults.
 
     Args:
         set_attribute (callable): `monkeypatch.setattr` in a test. The default is never undone.
+        in_sample (callable): called with (position,), before a sample is made, perhaps by a worker.
         before_micro_batch (callable): called with (run, micro_batch), before each forward pass of the training.
             `run.step` is the number of steps done; `micro_batch` is a dictionary of tensors on the device.
         after_step (callable): called with (run,), when weights, average and `run.step` are those after the step.
         while_saving (callable): called with (folder,), when the files of a checkpoint have been written under its
             hidden name, and its manifest has not.
     """
+    if in_sample:
+        original_getitem = trainer.SampleStream.__getitem__
+
+        def getitem(stream, position):
+            in_sample(position)
+            return original_getitem(stream, position)
+
+        set_attribute(trainer.SampleStream, "__getitem__", getitem)
     if before_micro_batch:
         original_loss = trainer.micro_batch_loss
 

@@ -331,17 +331,14 @@ def stages(monkeypatch):
     def watch():
         met = [EARLY]
         for stage, name in FIRST_CALLS.items():
-            note(stage, name, met)
+            original = getattr(trainer, name)
+
+            def noted(*args, stage=stage, original=original):
+                met.append(stage)
+                return original(*args)
+
+            monkeypatch.setattr(trainer, name, noted)
         return met
-
-    def note(stage, name, met):
-        original = getattr(trainer, name)
-
-        def noted(*args):
-            met.append(stage)
-            return original(*args)
-
-        monkeypatch.setattr(trainer, name, noted)
 
     return watch
 

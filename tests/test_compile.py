@@ -13,15 +13,8 @@ from conftest import difference, learned, weights
 
 # Ten steps, at a rate at which rounding the weights to float32 makes little difference.
 FLAGS = (
-    "--train_batch_size=1",
-    "--gradient_accumulation_steps=2",
-    "--max_train_steps=10",
-    "--checkpointing_steps=6",
-    "--use_ema",
-    "--learning_rate=3e-4",
-    "--center_crop",
-    "--max_train_samples=4",
-    "--validation_epochs=3",
+    *("--train_batch_size=1", "--gradient_accumulation_steps=2", "--max_train_steps=10", "--checkpointing_steps=6"),
+    *("--use_ema", "--learning_rate=3e-4", "--center_crop", "--max_train_samples=4", "--validation_epochs=3"),
 )
 
 

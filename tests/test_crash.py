@@ -53,19 +53,16 @@ def attempt(argv, log, before, _held):
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
         stream.reconfigure(write_through=True)  # so that what is printed before a SIGKILL is in the file
-    before()
+    if before:
+        before()
     trainer.main(sd_config.parse_args(argv))
-
-
-def nothing():
-    """What most runs do before they begin."""
 
 
 @pytest.fixture(scope="module")
 def start(assets, tmp_path_factory):
     """A function that starts the trainer, and returns its process and a function that waits for its end.
 
-    `before` is called in the new process before the trainer, to plant a fault.
+    To plant a fault, `before` is called in the new process before the trainer.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -74,7 +71,7 @@ def start(assets, tmp_path_factory):
         forkserver.ensure_running()
     logs, count = tmp_path_factory.mktemp("logs"), itertools.count()
 
-    def start(*flags, output, before=nothing):
+    def start(*flags, output, before=None):
         log = logs / str(next(count))  # not in the output folder, whose disk may be full
         watched, held = context.Pipe(duplex=False)
         process = context.Process(target=attempt, args=(command_line(assets, output, *flags), log, before, held))
@@ -96,7 +93,7 @@ def start(assets, tmp_path_factory):
 @pytest.fixture
 def run(start, tmp_path):
     """A function that runs the trainer to its end in `tmp_path`/run."""
-    return lambda *flags, before=nothing: start(*flags, output=tmp_path / "run", before=before)[1]()
+    return lambda *flags, before=None: start(*flags, output=tmp_path / "run", before=before)[1]()
 
 
 def exported(output):
@@ -479,13 +476,13 @@ def small_disk(tmp_path):
 
 def fill(folder, room):
     """Have a file take all but `room` bytes of the disk when the training begins."""
-    original = trainer.train
+    filler = folder / "filler"
 
-    def train(run):
-        (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - room))
-        original(run)
+    def write(*_):
+        if not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(folder).free - room))
 
-    trainer.train = train
+    faults.plant(before_micro_batch=write)
 
 
 @pytest.mark.parametrize("room", [0, 20_000_000], ids=["nothing", "of the moments"])

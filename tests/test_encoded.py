@@ -10,14 +10,8 @@ from conftest import assert_same_state, difference, learned, trainer, weights
 
 # Ten steps of four samples, which need all that is encoded: a picture and its mirror image, and the empty caption.
 FLAGS = (
-    "--center_crop",
-    "--random_flip",
-    "--caption_dropout=0.3",
-    "--use_ema",
-    "--learning_rate=3e-4",
-    "--train_batch_size=4",
-    "--max_train_steps=10",
-    "--checkpointing_steps=5",
+    *("--center_crop", "--random_flip", "--caption_dropout=0.3", "--use_ema", "--learning_rate=3e-4"),
+    *("--train_batch_size=4", "--max_train_steps=10", "--checkpointing_steps=5"),
 )
 SHORT = (*FLAGS, "--max_train_steps=2", "--cache_latents=on")
 

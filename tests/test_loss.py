@@ -66,12 +66,8 @@ def around_steps(monkeypatch):
 
 
 STEPS = (
-    "--use_ema",
-    "--snr_gamma=5",
-    "--train_batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--max_train_steps=11",
-    "--mixed_precision=bf16",
+    *("--train_batch_size=2", "--gradient_accumulation_steps=2", "--max_train_steps=11"),
+    *("--use_ema", "--snr_gamma=5", "--mixed_precision=bf16"),
 )
 CACHED = ("--center_crop", "--cache_latents=on", "--micro_batch_size=auto")
 

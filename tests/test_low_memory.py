@@ -10,15 +10,8 @@ from diffusers.training_utils import EMAModel
 from conftest import assert_same, assert_same_state, learned, trainer, weights
 
 FLAGS = (
-    "--low_memory",
-    "--train_batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--center_crop",
-    "--random_flip",
-    "--use_ema",
-    "--lr_scheduler=linear",
-    "--max_train_steps=4",
-    "--checkpointing_steps=2",
+    *("--low_memory", "--use_ema", "--center_crop", "--random_flip", "--lr_scheduler=linear"),
+    *("--train_batch_size=2", "--gradient_accumulation_steps=2", "--max_train_steps=4", "--checkpointing_steps=2"),
 )
 pytestmark = pytest.mark.usefixtures("uncompiled")
 

@@ -9,14 +9,8 @@ from conftest import assert_same_state, difference, learned, weights
 
 # Steps of four samples, one at a time as in the tutorial.
 FLAGS = (
-    "--train_batch_size=1",
-    "--gradient_accumulation_steps=4",
-    "--use_ema",
-    "--random_flip",
-    "--snr_gamma=5",
-    "--learning_rate=3e-4",
-    "--max_train_steps=6",
-    "--checkpointing_steps=3",
+    *("--train_batch_size=1", "--gradient_accumulation_steps=4", "--max_train_steps=6", "--checkpointing_steps=3"),
+    *("--use_ema", "--random_flip", "--snr_gamma=5", "--learning_rate=3e-4"),
 )
 
 

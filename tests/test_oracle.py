@@ -14,10 +14,6 @@ RATE, STEPS, BATCH = 3e-4, 10, 4
 WARMUP = 3
 
 
-def constant(step):
-    return RATE
-
-
 def cosine(step):
     progress = (step - WARMUP) / (STEPS - WARMUP)
     return RATE * (step / WARMUP if step < WARMUP else (1 + math.cos(math.pi * progress)) / 2)
@@ -50,7 +46,7 @@ def test_ten_steps_agree_with_the_textbook(train, assets, variant):
     flags = [f"--learning_rate={RATE}", f"--max_train_steps={STEPS}", "--random_flip", "--use_ema", *flags.split()]
     run = train(*flags, "--train_batch_size=2", "--gradient_accumulation_steps=2")
 
-    options = {"rate": constant} | options
+    options = {"rate": lambda step: RATE} | options
     trained, average = oracle.train(assets[0], run.run.stream, batch=BATCH, steps=STEPS, **options)
     start, raw = weights(assets[0] / "unet"), "diffusion_pytorch_model.non_ema.safetensors"
     assert difference(weights(run.output / "unet", raw), trained, start) <= 1e-4

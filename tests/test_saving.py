@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import re
 import threading
+import types
 
 import psutil
 import pytest
@@ -14,12 +15,8 @@ import sd_config
 from conftest import assert_same_state, litter, trainer
 
 FLAGS = (
-    "--train_batch_size=2",
-    "--max_train_steps=6",
-    "--checkpointing_steps=2",
-    "--use_ema",
-    "--lr_scheduler=cosine",
-    "--learning_rate=1e-4",
+    *("--train_batch_size=2", "--max_train_steps=6", "--checkpointing_steps=2"),
+    *("--use_ema", "--lr_scheduler=cosine", "--learning_rate=1e-4"),
 )
 
 
@@ -42,10 +39,7 @@ def order(monkeypatch):
         write(checkpoints, tensors, state, *args)
         events.append(("written", step))
 
-    def order():
-        return events
-
-    order.hold, order.passed = {}, passed
+    order = types.SimpleNamespace(events=events, hold={}, passed=passed)
     faults.plant(monkeypatch.setattr, after_step=after_step)
     monkeypatch.setattr(trainer.Checkpoints, "write", hold_and_write)
     return order
@@ -60,17 +54,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, order, monkeypatc
         waited = train(*FLAGS, *flags, output="waited")
     note = "note: 0.00 GB of memory is free, too little to train while saving"
     assert capsys.readouterr().out.count(note) == 3
-    assert order() == [
+    assert order.events == [
         *(("step", 1), ("step", 2), ("written", 2)),
         *(("step", 3), ("step", 4), ("written", 4)),
         *(("step", 5), ("step", 6), ("written", 6)),
     ]
-    order().clear()
+    order.events.clear()
     order.passed.clear()
     order.hold = {2: 4}  # so that the save after step 4 has to wait for the one before
     went_on = train(*FLAGS, *flags, output="went-on")
-    assert order().index(("written", 2)) > order().index(("step", 4))
-    assert [number for what, number in order() if what == "written"] == [2, 4, 6]
+    assert order.events.index(("written", 2)) > order.events.index(("step", 4))
+    assert [number for what, number in order.events if what == "written"] == [2, 4, 6]
     assert note not in capsys.readouterr().out
     assert not litter(went_on.output)
     for step in (2, 4, 6):
@@ -120,7 +114,7 @@ def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, 
     with pytest.raises(SystemExit) as end:
         train(*FLAGS)
     assert end.value.code == 1
-    assert order()[-1] == ("step", 5)
+    assert order.events[-1] == ("step", 5)
     printed = capsys.readouterr().err
     assert re.findall(r"checkpoint-\d+ cannot be written", printed) == ["checkpoint-4 cannot be written"]
     assert "Last checkpoint: " in printed
