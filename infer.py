@@ -92,12 +92,13 @@ def resolve(args, given, problems):
 
 def resolve_output(args):
     """List in `args` the files to write, and yield what keeps them from being written, if anything does."""
-    output, count = Path(args.output or ".png"), args.num_images * len(args.prompt)
-    args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
-    existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
+    output, count = Path(args.output), args.num_images * len(args.prompt)
     if output.suffix.lower() != ".png":
         yield "must end in .png: only PNGs hold the settings as text"
-    elif max(len(os.fsencode(name)) for name in args.outputs[-1].parts) > 255:
+        return
+    args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
+    if max(len(os.fsencode(name)) for name in args.outputs[-1].parts) > 255:
         yield "a name in it is longer than 255 bytes"
     elif any(map(os.path.isdir, args.outputs)) or any(map(os.path.isfile, output.parents)):
         yield "is a folder, or a folder in its path is a file"

@@ -41,7 +41,7 @@ FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in 
 ENCODED_NAME = re.compile(r"encoded-[0-9a-f]{16}")
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
-EXPORT = (*PARTS, INDEX, "README.md")
+EXPORT = (*PARTS, "image_encoder", "README.md", INDEX)
 CHECKPOINT = ("unet", "unet_ema", "optimizer.pt", STATE, MANIFEST)
 # The text in our pictures, of a name that no other program reads (ComfyUI parses `prompt`), and that in older ones.
 PNG_TEXT, OLD_PNG_TEXTS = "sd_naruto", {"prompt", "seed", "num_inference_steps"}
@@ -249,7 +249,7 @@ class LossyFile(io.FileIO):
 
     def write(self, data):
         try:
-            return super().write(data)
+            return super().write(data) or len(data)  # None, where it would have to wait
         except OSError:
             return len(data)
 
@@ -257,7 +257,11 @@ class LossyFile(io.FileIO):
 def outlive_streams():
     """Have this process go on, whatever becomes of its output. What a terminal's encoding lacks is escaped."""
     for number, name in enumerate(("stdout", "stderr"), start=1):
-        file, encoding = io.BufferedWriter(LossyFile(number, "w", closefd=False)), getattr(sys, name).encoding
+        stream = getattr(sys, name)
+        if stream is None:  # it is closed, and no other file may get its number
+            os.open(os.devnull, os.O_WRONLY)
+        file = io.BufferedWriter(LossyFile(number, "w", closefd=False))
+        encoding = stream.encoding if stream else "utf-8"
         setattr(sys, name, io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True))
 
 
@@ -482,7 +486,8 @@ def resolve_output(args, problems, notices):
     logs, project = Path(args.logging_dir), Path(args.tracker_project_name)
     if (output / logs).is_file():
         problems.append(f"--output_dir {output}: {logs} in it is a file, and must be a folder")
-    if not logs.parts or logs.is_absolute() or ".." in logs.parts or is_reserved(logs.parts[0]):
+    names_like_ours = (".", "checkpoint-", "encoded-", *EXPORT, SAMPLES)
+    if not logs.parts or logs.is_absolute() or ".." in logs.parts or logs.parts[0].startswith(names_like_ours):
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
     if project.is_absolute() or ".." in project.parts:  # TensorBoard makes a folder of this name
         problems.append(f"--tracker_project_name {project}: must be a name, not a path to another folder")
@@ -501,7 +506,8 @@ def inputs_in_the_way(args, output):
     for name, folder in (data | others).items():
         folder = Path(folder or os.devnull).resolve()
         within = output in folder.parents and is_reserved(folder.relative_to(output).parts[0])
-        around = name in data and folder in output.parents and folder.is_dir()
+        read = name == ("--train_data_dir" if args.train_data_dir else "--dataset_name")
+        around = read and folder in output.parents and folder.is_dir()
         if folder == output or within or around:
             yield name
 
@@ -584,7 +590,7 @@ def checkpoints(output):
 
 def numbered(folder, word):
     """Return what has a name such as word-3 in a folder, by ascending number."""
-    name = re.compile(rf"{word}-\d+")
+    name = re.compile(rf"{word}-[1-9][0-9]*")
     return sorted((path for path in Path(folder).glob(f"{word}-*") if name.fullmatch(path.name)), key=step_of)
 
 
@@ -718,8 +724,11 @@ def put_export_in_place(staging, output):
 
     The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
     """
+    if problems := foreign_problems(output, math.inf):  # put there since the start
+        raise ReportedError(f"{problems[0]}; the export waits in {staging}")
     listed = read_json(output / OWN / MANIFEST) | read_json(staging / MANIFEST)
     (staging / MANIFEST).write_text(json.dumps(listed), encoding="utf-8")
+    flush(staging)
     for name in (INDEX, "README.md"):  # whose checksums the manifest now has
         (output / name).unlink(missing_ok=True)
     (staging / MANIFEST).replace(output / OWN / MANIFEST)
@@ -729,7 +738,8 @@ def put_export_in_place(staging, output):
             shutil.rmtree(target)
         part.replace(target)
     staging.rmdir()
-    flush(output, within=False)
+    for folder in (output / OWN, output):
+        flush(folder, within=False)
 
 
 def prune_checkpoints(output, limit, step, last_step):
@@ -782,8 +792,8 @@ def claimed_output(args, step):
 
 
 def is_reserved(name):
-    """Say whether a name in an output folder is kept for what runs write there."""
-    return name in (*EXPORT, SAMPLES) or name.startswith((".", "checkpoint-", "encoded-"))
+    """Say whether a run may write, and so delete, something of this name in its output folder."""
+    return name in (*EXPORT, SAMPLES, OWN) or re.fullmatch(rf"checkpoint-\d+|{ENCODED_NAME.pattern}", name) is not None
 
 
 def deletions(args, encoding=None):
@@ -793,19 +803,35 @@ def deletions(args, encoding=None):
     """
     output = Path(args.output_dir)
     paths = [path for path in (output / OWN).glob("*") if path.name not in (LOCK, MANIFEST)]
-    if args.overwrite_output_dir:  # and `foreign_problems` has found nothing of anybody else's in these
-        paths += [*numbered(output, "checkpoint"), *numbered(output / SAMPLES, "step"), output / OWN / MANIFEST]
+    if args.overwrite_output_dir:  # what proves whose the others are comes last
+        paths += [output / name for name in EXPORT]
+        paths += [*numbered(output / SAMPLES, "step"), *numbered(output, "checkpoint"), output / OWN / MANIFEST]
         paths += [
             path for path in output.glob("encoded-*") if ENCODED_NAME.fullmatch(path.name) and path.name != encoding
         ]
-        paths += [output / name for name in EXPORT]
     return [path for path in paths if path.exists()]
+
+
+def clear_output(args, encoding):
+    """Delete the `deletions`, each folder at once, so that a start that is killed leaves no half of one behind."""
+    own = Path(args.output_dir, OWN)
+    for path in deletions(args, encoding):
+        if not path.is_dir():
+            path.unlink()
+        elif path.parent == own:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            discard(path, own)
+    if args.overwrite_output_dir:
+        with contextlib.suppress(OSError):  # there is none, or it holds what is not a run's
+            (own.parent / SAMPLES).rmdir()
 
 
 def foreign_problems(output, step):
     """Return a list that is empty, or says which files that no run wrote are in the way of a run from `step` on."""
     listed, strangers = read_json(output / OWN / MANIFEST), []
-    if listed or all(map(foreign_files, checkpoints(output))):  # older exports are known by a checkpoint beside them
+    proofs = [path for path in checkpoints(output) if (path / STATE).is_file() and not foreign_files(path)]
+    if listed or not proofs or not (output / INDEX).exists():  # an older export is known by a checkpoint beside it
         for file in (file for name in EXPORT for file in files_in(output / name)):
             entry = listed.get(file.relative_to(output).as_posix())
             if entry is None or (file.name == "README.md" and entry[1] != checksum(file)):  # people edit model cards
@@ -834,7 +860,8 @@ def files_in(path):
     """Return the files and symbolic links in a folder, or a file or link itself; none where there is nothing."""
     if path.is_symlink() or path.is_file():
         return [path]
-    return [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
+    files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
+    return [file for file in files if file.name not in (".DS_Store", "Thumbs.db", "desktop.ini")]  # of file managers
 
 
 def read_json(path):
@@ -895,7 +922,7 @@ class Plan:
             if self.max_steps * self.effective_batch <= self.rows * self.views:
                 return None, "each is used only once"
             least = 0 if self.encoded_apart else self.export_bytes + 2 * self.checkpoint_bytes
-            if free_bytes(folder, self.args) < least + self.encoded_missing:
+            if shutil.disk_usage(disk_of(folder)).free < least + self.encoded_missing:
                 return None, f"{gigabytes(self.encoded_bytes)} would not fit in {folder}"
         return folder, None
 

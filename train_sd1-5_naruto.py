@@ -114,10 +114,10 @@ def main(args):
 
 def choose_seed(args, saved, accelerator):
     """Return the run's seed: the one given, the checkpoint's, or one that rank 0 draws for all ranks."""
-    if args.seed is not None or saved:
-        return saved.seed if args.seed is None else args.seed
-    seed = broadcast_object_list([secrets.randbits(32)])[0]
-    accelerator.print(f"No --seed given: drew {seed}. Give it to repeat this run.")
+    known = saved.seed if args.seed is None and saved else args.seed
+    seed = broadcast_object_list([secrets.randbits(32) if known is None else known])[0]
+    if known is None:
+        accelerator.print(f"No --seed given: drew {seed}. Give it to repeat this run.")
     return seed
 
 
@@ -684,7 +684,7 @@ class Tracker:
 
 
 class Signals:
-    """While entered, notes the first SIGTERM or SIGINT. A later second one ends the process at once.
+    """While entered, notes the first of `STOP_SIGNALS`. A later second one ends the process at once.
 
     Signals less than a second apart count as one: a launcher passes on what its processes may have got as well.
     """
@@ -695,8 +695,8 @@ class Signals:
         self.group = torch.distributed.new_group(None, TIMEOUT, "gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self):
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as SIGHUP by nohup
-        self.handlers = {number: signal.signal(number, self.note) for number in heeded}
+        ignored = {signal.SIGHUP} if os.name != "nt" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.handlers = {number: signal.signal(number, self.note) for number in {*STOP_SIGNALS} - ignored}  # by nohup
         return self
 
     def __exit__(self, error, *_details):
@@ -1016,8 +1016,7 @@ def restore(run, saved):
 def clear_output(run):
     """Delete what a killed run left half written and, with --overwrite_output_dir, the old run (not its logs)."""
     if run.accelerator.is_main_process:
-        for path in sd_config.deletions(run.args, run.stream.encoded and run.stream.encoded.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        sd_config.clear_output(run.args, run.stream.encoded and run.stream.encoded.name)
     run.accelerator.wait_for_everyone()
 
 
@@ -1342,7 +1341,8 @@ def validate(run, signals, *, missing_only=False):
                 images = draw_prompts(run, hidden, signals) if prompts else []
             except sd_config.ReportedError as error:  # a picture is not finite, but the training is
                 tqdm.write(f"warning: no validation pictures of step {run.step}: {error}")
-                shutil.rmtree(hidden)
+            if run.plan.encoded:
+                run.frozen.move("cpu")  # where `draw_prompts` has found it
         if images and not signals.number:
             infer.captioned_grid([images], prompts).save(hidden / "grid.png")
             run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
@@ -1399,8 +1399,6 @@ def draw_prompts(run, folder, signals):
             text = {"step": run.step, "command": infer.command({"checkpoint": checkpoint} | flags) if saved else None}
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
             images.append(infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text))
-    if run.plan.encoded:
-        run.frozen.move("cpu")
     return images
 
 

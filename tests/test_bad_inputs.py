@@ -304,6 +304,9 @@ CASES = {
     "unet of another shape in a checkpoint": resumed(
         LOADING, CONFIG, change(64, "cross_attention_dim"), "", f"{CHECKPOINT}: cannot be loaded"
     ),
+    "a checkpoint's moments are a malicious pickle": resumed(
+        LOADING, "optimizer.pt", pickled("optimizer.pt"), "", f"{CHECKPOINT}/optimizer.pt: cannot be loaded"
+    ),
     "checkpoint without its moments": resumed(
         LOADING, "optimizer.pt", remove, "", f"{CHECKPOINT}/optimizer.pt: cannot be loaded"
     ),

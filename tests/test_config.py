@@ -302,7 +302,7 @@ REFUSED = [
     "--dataset_name=photos --output_dir=photos | --output_dir photos | mix with --dataset_name",
     "--train_data_dir=photos --output_dir=./photos | --output_dir photos | mix with --train_data_dir",
     "--dataset_name=photos --train_data_dir=portraits --output_dir=photos/portraits "
-    "| --output_dir photos/portraits | mix with --dataset_name and --train_data_dir",
+    "| --output_dir photos/portraits | mix with --train_data_dir",
     f"--output_dir=run {RESUME}=latest --overwrite_output_dir | --overwrite_output_dir | {RESUME}",
     f"--output_dir=run {RESUME}=checkpoint-11 "
     f"| {RESUME} checkpoint-11 | no checkpoint there (in run: checkpoint-9, checkpoint-10)",
@@ -832,7 +832,7 @@ def test_more_than_100_gigabytes_are_warned_of_where_they_fit(disk, steps, warne
     [
         ("--output_dir=new", f"new/{sd_config.OWN}/checkpoint-5/unet/half", True),
         ("--output_dir=new", f"new/{sd_config.OWN}/export/unet/half", True),
-        ("--output_dir=run --overwrite_output_dir", "run/README.md", True),
+        ("--output_dir=run --overwrite_output_dir", "run/checkpoint-9/trainer_state.json", True),
         ("--output_dir=run --overwrite_output_dir", "run/mine/large", False),
     ],
 )

@@ -69,13 +69,16 @@ def refused(train, capsys):
     return run
 
 
-STRANGERS = "samples/step-3/mine.txt samples/step-3/mine.png checkpoint-500/model.bin README.md model_index.json unet/x"
+STRANGERS = """samples/step-3/mine.txt samples/step-3/mine.png checkpoint-500/model.bin README.md model_index.json
+    unet/x image_encoder/x"""
 
 
 @pytest.mark.parametrize("name", [*STRANGERS.split(), "unet@", "samples@", "checkpoint-2@", "samples/step-4@"])
 @pytest.mark.parametrize("flag", [None, OVERWRITE])
 def test_files_of_no_run_stop_a_run_that_needs_their_place(refused, tmp_path, name, flag):
+    """Not even an empty folder of a checkpoint's name makes them a run's."""
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/checkpoint-7").mkdir(parents=True)
     path = make(tmp_path / "run", name)
     before = snapshot(tmp_path)
     assert f"no run wrote {path.relative_to(tmp_path / 'run')} in it" in refused(*filter(None, [flag]))
@@ -95,7 +98,8 @@ def test_files_among_a_runs_own_stop_a_run_that_would_delete_them(refused, outpu
 def test_nothing_else_is_touched(train, output):
     """Neither by a start, which clears away what was left unfinished, nor by starting over."""
     names = """.mybest-checkpoint-500/x .notes-on-checkpoint-500.txt .checkpoint-2/x samples/mine.txt samples/grid.png
-        encoded-mine/x checkpoint-best/x mine/unet/x logs/mine.txt manifest.json .lock"""
+        encoded-mine/x checkpoint-best/x checkpoint-0/x checkpoint-0500/x samples/step-0/x
+        mine/unet/x logs/mine.txt manifest.json .lock"""
     mine = [make(output, name) for name in names.split()]
     unfinished = make(output / sd_config.OWN, "checkpoint-500/unet/x")
     before = {path: path.read_bytes() for path in mine}
@@ -105,9 +109,28 @@ def test_nothing_else_is_touched(train, output):
     train(*FLAGS, OVERWRITE, "--max_train_steps=2")
     assert {path: path.read_bytes() for path in mine} == before
     assert [path.name for path in sd_config.checkpoints(output)] == ["checkpoint-2"]
-    assert not [*output.glob("samples/step-*"), *output.glob("encoded-*-*")]
+    assert [path.name for path in output.glob("samples/step-*")] == ["step-0"]
     assert [path.name for path in output.glob("encoded-*")] == ["encoded-mine"]
     assert not litter(output)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_start_over_that_is_killed_can_be_started_again(train, output, monkeypatch, older):
+    """At whatever folder it is killed, what is left is known as a run's."""
+    if older:
+        shutil.rmtree(output / sd_config.OWN)
+        (output / sd_config.OWN).mkdir()
+    for _ in range(20):
+        args = sd_config.parse_args([f"--output_dir={output}", "--lr_warmup_steps=0", OVERWRITE])
+        with monkeypatch.context() as patch:
+            patch.setattr(sd_config, "discard", lambda folder, own: folder.rename(own / f"old-{folder.name}") and 1 / 0)
+            try:
+                sd_config.clear_output(args, None)
+                break
+            except ZeroDivisionError:
+                assert litter(output)
+    train(*FLAGS, OVERWRITE, "--max_train_steps=1")
+    assert [path.name for path in sd_config.checkpoints(output)] == ["checkpoint-1"]
 
 
 def test_what_older_versions_wrote_is_known(train, output):
@@ -146,7 +169,7 @@ def test_output_is_no_link_to_nothing(refused, tmp_path):
     assert f"--output_dir {tmp_path / 'run'}: must be a folder" in refused()
 
 
-@pytest.mark.parametrize("place", ["run/samples", "run/samples/step-4", ".", "run/encoded-x"])
+@pytest.mark.parametrize("place", ["run/samples", "run/samples/step-4", ".", "run/encoded-0123456789abcdef"])
 def test_training_data_and_results_do_not_mix(refused, assets, tmp_path, place):
     data = shutil.copytree(assets[1], tmp_path / place, dirs_exist_ok=True)
     before = snapshot(tmp_path)

@@ -101,7 +101,7 @@ def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, 
     save = torch.save
 
     def fail(tensors, file):
-        if (file.parent.parent / "checkpoint-2").exists():
+        if (file.parent.parent.parent / "checkpoint-2").exists():
             raise OSError(28, "No space left on device")
         return save(tensors, file)
 
