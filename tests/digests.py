@@ -88,7 +88,9 @@ def digests(output):
     yield digest(logged_metrics(output / "logs"))
     pictures = {file.relative_to(output).as_posix(): Image.open(file) for file in output.glob("samples/*/*.png")}
     yield digest({name: picture.tobytes() for name, picture in pictures.items()})
-    parts = [part for part in output.iterdir() if part.is_dir() and not part.name.startswith(("checkpoint", "encoded"))]
+    parts = [
+        part for part in output.iterdir() if part.is_dir() and not part.name.startswith((".", "checkpoint", "encoded"))
+    ]
     yield digest({part.name: tensors(part) for part in parts})
 
 
