@@ -82,9 +82,9 @@ class Lab:
         (folder / "metadata.jsonl").write_bytes("\n".join(rows).encode() if metadata is None else metadata)
         return f"{DATA}={folder}"
 
-    def table(self, image=({"bytes": GOOD, "path": None},) * 2):
-        """Write a parquet file with two good pictures, or with these (the column `image`)."""
-        rows = datasets.Dataset.from_dict({"image": image, "text": ["a", "b"][: len(image)]})
+    def table(self, image=({"bytes": GOOD, "path": None},) * 2, text=("a", "b")):
+        """Write a parquet file with two good pictures and captions, or with these (the columns `image` and `text`)."""
+        rows = datasets.Dataset.from_dict({"image": image, "text": text[: len(image)]})
         (self.here / "table").mkdir()
         rows.cast_column("image", datasets.Image()).to_parquet(self.here / "table/train.parquet")
         return "--dataset_name=table"
@@ -258,7 +258,12 @@ CASES = {
         "row 4 ({here}/photos/04.png): the picture cannot be read: … No such file",
         UNREADABLE_ROW,
     ),
-    "metadata in another encoding": early(lambda lab: lab.pictures(metadata=b'{"file_name": "\xe9.png"}'), UNLOADED),
+    "metadata in another encoding": early(
+        lambda lab: lab.pictures(metadata=b'{"file_name": "\xe9.png"}'), f"{UNLOADED} … can't decode byte 0xe9"
+    ),
+    "captions are numbers": early(
+        lambda lab: lab.table(text=[1, 2]), "--caption_column text: holds Value('int64'), not text"
+    ),
     "metadata is no JSON": early(lambda lab: lab.pictures(metadata=BROKEN.encode()), UNLOADED),
     "metadata without names": early(lambda lab: lab.pictures(metadata=b'{"text": "a"}'), f"{UNLOADED} … file_name"),
     "metadata is empty": early(lambda lab: lab.pictures(metadata=b""), UNLOADED),
