@@ -133,9 +133,8 @@ def main(args):
     pipeline = open_pipeline(args, DTYPES[dtype]).to(device)
     pipeline.set_progress_bar_config(desc="Denoising")
 
-    for text in (*args.prompt, args.negative_prompt or ""):
-        if len(pipeline.tokenizer(text, verbose=False).input_ids) > pipeline.tokenizer.model_max_length:
-            print(f"note: has more than {pipeline.tokenizer.model_max_length} tokens, and will be cut: {text!r}")
+    for text in cut_texts(pipeline.tokenizer, [*args.prompt, args.negative_prompt or ""]):
+        print(f"note: has more than {pipeline.tokenizer.model_max_length} tokens, and will be cut: {text!r}")
     first_seed = secrets.randbits(32) if args.seed is None else args.seed
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     for index, path in enumerate(args.outputs):
@@ -153,6 +152,12 @@ def main(args):
             path.parent.mkdir(parents=True, exist_ok=True)
             image = draw(pipeline, path, settings, args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
+
+
+def cut_texts(tokenizer, texts):
+    """Return those of the texts (a list of strings) that have more tokens than the text encoder reads."""
+    token_ids = tokenizer(texts, truncation=False, verbose=False).input_ids if texts else []
+    return [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) > tokenizer.model_max_length]
 
 
 def quiet_libraries():

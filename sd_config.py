@@ -38,7 +38,6 @@ TRAINING = """
 """.split()  # noqa: SIM905 (as one list of strings it would fill the page)
 FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in float32: an estimate before the download
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
-ENCODED_NAME = re.compile(r"encoded-[0-9a-f]{16}")
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
 EXPORT = (*PARTS, "image_encoder", "README.md", INDEX)
@@ -486,13 +485,13 @@ def resolve_output(args, problems, notices):
     logs, project = Path(args.logging_dir), Path(args.tracker_project_name)
     if (output / logs).is_file():
         problems.append(f"--output_dir {output}: {logs} in it is a file, and must be a folder")
-    names_like_ours = (".", "checkpoint-", "encoded-", *EXPORT, SAMPLES)
-    if not logs.parts or logs.is_absolute() or ".." in logs.parts or logs.parts[0].startswith(names_like_ours):
+    taken = not logs.parts or logs.parts[0].startswith(".") or is_reserved(logs.parts[0])
+    if taken or logs.is_absolute() or ".." in logs.parts:
         problems.append(f"--logging_dir {args.logging_dir}: must be a folder of its own inside the output folder")
     if project.is_absolute() or ".." in project.parts:  # TensorBoard makes a folder of this name
         problems.append(f"--tracker_project_name {project}: must be a name, not a path to another folder")
-    if taken := " and ".join(inputs_in_the_way(args, output.resolve())):
-        problems.append(f"--output_dir {output}: a run into it would mix with {taken}; choose another")
+    if inputs := " and ".join(inputs_in_the_way(args, output.resolve())):
+        problems.append(f"--output_dir {output}: a run into it would mix with {inputs}; choose another")
     else:
         problems.extend(conflicts(args, wanted))
 
@@ -562,10 +561,9 @@ class TrainerState:
     args: dict  # the flags, as plain values
     encoding: str | None = None  # name of the folder of what is encoded only once, or "" (None in older checkpoints)
 
-
-def write_state(state, folder):
-    """Write a `TrainerState` into a checkpoint's folder."""
-    (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
+    def write(self, folder):
+        """Write the state into a checkpoint's folder."""
+        (folder / STATE).write_text(json.dumps(dataclasses.asdict(self), indent=2), encoding="utf-8")
 
 
 def read_state(folder, flag="--resume_from_checkpoint"):
@@ -644,11 +642,11 @@ def find_damage(folder, prefix=""):
     return None if STATE in manifest else f"{MANIFEST} lists no {STATE}"
 
 
-def write_manifest(folder):
-    """Write a folder's manifest, for `find_damage`, and flush the whole folder to disk."""
+def write_manifest(folder, before=None):
+    """Write a folder's manifest, for `find_damage`, after the entries of one `before`, and flush all to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps((before or {}) | entries), encoding="utf-8")
     flush(folder)
 
 
@@ -695,7 +693,7 @@ def written_whole(hidden, what, size):
     """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
-        hidden.mkdir(parents=True)
+        hidden.mkdir()  # not the folders above it: an output folder deleted since the start is an error
         yield hidden
     except Exception as error:  # each library raises an error of its own when a disk is full
         shutil.rmtree(hidden, ignore_errors=True)
@@ -720,15 +718,12 @@ def discard(folder, own):
 
 
 def put_export_in_place(staging, output):
-    """Move a complete pipeline from `staging` to the output folder, and add its files to the manifest of the export.
+    """Move a complete pipeline from `staging` to the output folder; its manifest lists the earlier ones' files as well.
 
     The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
     """
     if problems := foreign_problems(output, math.inf):  # put there since the start
         raise ReportedError(f"{problems[0]}; the export waits in {staging}")
-    listed = read_json(output / OWN / MANIFEST) | read_json(staging / MANIFEST)
-    (staging / MANIFEST).write_text(json.dumps(listed), encoding="utf-8")
-    flush(staging)
     for name in (INDEX, "README.md"):  # whose checksums the manifest now has
         (output / name).unlink(missing_ok=True)
     (staging / MANIFEST).replace(output / OWN / MANIFEST)
@@ -793,7 +788,7 @@ def claimed_output(args, step):
 
 def is_reserved(name):
     """Say whether a run may write, and so delete, something of this name in its output folder."""
-    return name in (*EXPORT, SAMPLES, OWN) or re.fullmatch(rf"checkpoint-\d+|{ENCODED_NAME.pattern}", name) is not None
+    return name in (*EXPORT, SAMPLES, OWN) or name.startswith(("checkpoint-", "encoded-"))
 
 
 def deletions(args, encoding=None):
@@ -804,11 +799,9 @@ def deletions(args, encoding=None):
     output = Path(args.output_dir)
     paths = [path for path in (output / OWN).glob("*") if path.name not in (LOCK, MANIFEST)]
     if args.overwrite_output_dir:  # what proves whose the others are comes last
+        paths += [path for path in output.glob("encoded-" + 16 * "[0-9a-f]") if path.name != encoding]
         paths += [output / name for name in EXPORT]
         paths += [*numbered(output / SAMPLES, "step"), *numbered(output, "checkpoint"), output / OWN / MANIFEST]
-        paths += [
-            path for path in output.glob("encoded-*") if ENCODED_NAME.fullmatch(path.name) and path.name != encoding
-        ]
     return [path for path in paths if path.exists()]
 
 
@@ -980,11 +973,6 @@ def disk_of(folder):
     return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
-def free_bytes(folder, args):
-    """Return how many bytes may be written to the disk of a folder, once the run's start has deleted what it may."""
-    return shutil.disk_usage(disk_of(folder)).free + sum(map(size_on_disk, deletions(args)))
-
-
 def size_on_disk(path):
     """Return the bytes of a file, or of all files in a folder; 0 where there is neither."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
@@ -993,11 +981,12 @@ def size_on_disk(path):
 def compare_runs(saved, plan, now, data):
     """Compare a checkpoint's run (`saved`, a `TrainerState`) with the one that resumes it: plan, arguments and data.
 
-    `now` are the arguments with the seed and precision that were settled on; `data` is the data set's fingerprint.
+    `now` are the arguments with what was settled on where they left it open; `data` is the data set's fingerprint.
     Returns two lists of strings: problems, where the stream of samples could not go on or the checkpoint lacks what is
     needed, and warnings, where the rest of the training will differ from its beginning.
     """
-    before, batch = saved.args, "--train_batch_size x --gradient_accumulation_steps x processes"
+    before = saved.args | {"prediction_type": saved.prediction_type}
+    batch = "--train_batch_size x --gradient_accumulation_steps x processes"
     identity = {
         "--seed": (now["seed"], saved.seed),
         batch: (plan.effective_batch, saved.effective_batch),
@@ -1027,7 +1016,7 @@ def compare_disk(plan, step):
     """
     args, output = plan.args, Path(plan.args.output_dir).resolve()
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))
-    free = free_bytes(output, args)
+    free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, deletions(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
     most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # old ones go after the new one is complete
     base = plan.export_bytes + (plan.encoded_missing if plan.encoded and not plan.encoded_apart else 0)

@@ -95,7 +95,8 @@ def main(args):
     tokenizer = load_tokenizer(args)
     rows = load_rows(args, tokenizer, seed, accelerator)
     plan = make_plan(args, saved, rows, accelerator)
-    check_plan(plan, saved, seed, rows, accelerator)
+    settled = {"seed": seed, "prediction_type": noise_scheduler.config.prediction_type}
+    check_plan(plan, saved, rows, settled, accelerator)
     if args.dry_run:
         accelerator.print("Dry run: every check has passed, and nothing was trained.")
         return
@@ -131,15 +132,17 @@ def make_plan(args, saved, rows, accelerator):
     return plan
 
 
-def check_plan(plan, saved, seed, rows, accelerator):
-    """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs."""
-    problems, warnings = sd_config.compare_disk(plan, saved.step if saved else 0)
-    if len({*(steps := gather_object([saved.step if saved else 0]))}) > 1:
-        problems.append(
-            f"--output_dir {plan.args.output_dir}: must be shared by all machines; they are at steps {steps}"
-        )
+def check_plan(plan, saved, rows, settled, accelerator):
+    """Print the plan with its warnings; exit with code 2 if the disk is too small, or the resumed run differs.
+
+    `settled` holds the flags that may be left open, as they were settled on.
+    """
+    step, output = saved.step if saved else 0, plan.args.output_dir
+    problems, warnings = sd_config.compare_disk(plan, step)
+    if len({*(steps := gather_object([step]))}) > 1:
+        problems.append(f"--output_dir {output}: must be shared by all machines; they are at steps {steps}")
     if saved:
-        now = plain_args(plan.args, accelerator) | {"seed": seed}
+        now = plain_args(plan.args, accelerator) | settled
         differences, changes = sd_config.compare_runs(saved, plan, now, rows.fingerprint)
         problems, warnings = differences + problems, changes + warnings
     stop_if(problems)
@@ -1052,7 +1055,7 @@ def load_rows(args, tokenizer, seed, accelerator):
     table = table.select_columns([args.image_column, args.caption_column])
     table = table.cast_column(args.image_column, datasets.Image())  # which decodes, whatever the data set says
     captions = [list_captions(caption) for caption in table[args.caption_column]]
-    check_captions(captions, args.caption_column, tokenizer, accelerator)
+    check_captions(captions, args, tokenizer, accelerator)
     on_main = [read_pictures(table, args) if accelerator.is_main_process else None]
     fingerprint, bad = broadcast_object_list(on_main)[0]
     if bad and not args.skip_bad_rows:
@@ -1108,16 +1111,17 @@ def check_columns(table, args):
         stop_if([f"--caption_column {args.caption_column}: holds {captions}, not text"])
 
 
-def check_captions(captions, column, tokenizer, accelerator):
-    """Exit with code 2 if a caption is missing or empty; say how many are longer than the text encoder reads."""
+def check_captions(captions, args, tokenizer, accelerator):
+    """Exit with code 2 if a caption is missing or empty; say what is longer than the text encoder reads."""
     bad = [str(index) for index, texts in enumerate(captions) if not texts]
     if bad:
         rows = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
-        stop_if([f"--caption_column {column}: {len(bad)} row(s) without a caption, or with an empty one: {rows}"])
+        what = f"{len(bad)} row(s) without a caption, or with an empty one: {rows}"
+        stop_if([f"--caption_column {args.caption_column}: {what}"])
     texts, limit = sorted({text for texts in captions for text in texts}), tokenizer.model_max_length
-    cut = sum(len(ids) > limit for ids in tokenizer(texts, truncation=False, verbose=False).input_ids)
-    if cut:
-        accelerator.print(f"note: {cut} of {len(texts)} captions are longer than {limit} tokens and will be cut")
+    for what, some in (("captions", texts), ("--validation_prompts", args.validation_prompts)):
+        if cut := infer.cut_texts(tokenizer, some):
+            accelerator.print(f"note: {len(cut)} of {len(some)} {what} have more than {limit} tokens and will be cut")
 
 
 def list_captions(caption):
@@ -1190,7 +1194,7 @@ def map_once(function, count, batch_size, file, description):
         batch_size=batch_size,
         remove_columns="number",
         cache_file_name=str(file),
-        new_fingerprint=f"{file.parent.name}-{file.stem}",  # otherwise the function and its models would be hashed
+        new_fingerprint=file.stem,  # otherwise the function and its models would be hashed
         desc=description,
     )
 
@@ -1332,22 +1336,17 @@ def validate(run, signals, *, missing_only=False):
     run.accelerator.wait_for_everyone()
     folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
     if run.accelerator.is_main_process and not (missing_only and folder.exists()):
-        hidden, images = Path(run.args.output_dir, sd_config.OWN, folder.name), []
         measure(run, "val/loss")
         with averaged_weights(run):
             if run.average:
                 measure(run, "val/loss_ema")
             try:
-                images = draw_prompts(run, hidden, signals) if prompts else []
-            except sd_config.ReportedError as error:  # a picture is not finite, but the training is
+                if prompts:
+                    draw_prompts(run, folder, signals)
+            except (sd_config.ReportedError, OSError) as error:  # a picture is not finite, or the disk is full
                 tqdm.write(f"warning: no validation pictures of step {run.step}: {error}")
             if run.plan.encoded:
                 run.frozen.move("cpu")  # where `draw_prompts` has found it
-        if images and not signals.number:
-            infer.captioned_grid([images], prompts).save(hidden / "grid.png")
-            run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
-            sd_config.flush(hidden)
-            sd_config.put_in_place(hidden, folder)
     run.accelerator.wait_for_everyone()
 
 
@@ -1376,9 +1375,10 @@ def assign(tensors, values):
 
 
 def draw_prompts(run, folder, signals):
-    """Return a picture of each validation prompt, saved in the new `folder`; fewer, if a signal comes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Draw each validation prompt, log the pictures, and save them in `folder`; none of these, if a signal comes."""
+    prompts, hidden = run.args.validation_prompts, Path(run.args.output_dir, sd_config.OWN, folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
     run.frozen.move(run.accelerator.device)
     parts = run.frozen.pipeline.components | {"unet": run.unet, "vae": run.frozen.vae, "safety_checker": None}
     parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.stream.tokenizer}
@@ -1392,14 +1392,17 @@ def draw_prompts(run, folder, signals):
     saved = checkpoint.exists() or (run.checkpoints.writing and run.plan.saves_after(run.step))
     images = []
     with run.accelerator.autocast():
-        for index, prompt in enumerate(run.args.validation_prompts):
+        for index, prompt in enumerate(prompts):
             if signals.number:
-                break
+                return
             flags = {"prompt": prompt, **settings}
             text = {"step": run.step, "command": infer.command({"checkpoint": checkpoint} | flags) if saved else None}
             words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-            images.append(infer.draw(pipeline, folder / f"{index}-{words}.png", flags, text))
-    return images
+            images.append(infer.draw(pipeline, hidden / f"{index}-{words}.png", flags, text))
+    infer.captioned_grid([images], prompts).save(hidden / "grid.png")
+    run.tracker.attempt(run.tracker.log_images, images, prompts, run.step)
+    sd_config.flush(hidden)
+    sd_config.put_in_place(hidden, folder)
 
 
 # -- What a run leaves behind: checkpoints, and the exported pipeline ----------------------------------------
@@ -1447,7 +1450,7 @@ class Checkpoints:
             for part in tensors.keys() - {OPTIMIZER}:
                 unet_with(tensors[part], config).save_pretrained(folder / part)
             torch.save(tensors[OPTIMIZER], folder / OPTIMIZER)
-            sd_config.write_state(state, folder)
+            state.write(folder)
             sd_config.write_manifest(folder)
             sd_config.put_in_place(folder, final)
         if limit := self.plan.args.checkpoints_total_limit:
@@ -1544,7 +1547,7 @@ def export(run):
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
             (staging / "README.md").write_text(model_card(run), encoding="utf-8")
-            sd_config.write_manifest(staging)
+            sd_config.write_manifest(staging, sd_config.read_json(output / sd_config.OWN / sd_config.MANIFEST))
         sd_config.put_export_in_place(staging, output)
         print(f"The trained pipeline is in {output}. Draw with it: python infer.py --model_path {output}")
     accelerator.wait_for_everyone()

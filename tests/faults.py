@@ -51,9 +51,9 @@ def plant(set_attribute=setattr, *, in_sample=None, before_micro_batch=None, aft
     if while_saving:
         original_write = sd_config.write_manifest
 
-        def write_manifest(folder):
+        def write_manifest(folder, *before):
             while_saving(folder)
-            original_write(folder)
+            original_write(folder, *before)
 
         set_attribute(sd_config, "write_manifest", write_manifest)
 

@@ -197,6 +197,15 @@ CASES = {
         )
         for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     },
+    **{
+        f"{name} unknown to accelerate": early(
+            lambda lab, name=name: lab.patch.setenv(name, "bogus") or "", f"{starts} … bogus"
+        )
+        for name, starts in {
+            "ACCELERATE_TORCH_DEVICE": "--mixed_precision None, or accelerate's configuration: ",
+            "ACCELERATE_MIXED_PRECISION": "accelerate's configuration asks for ",
+        }.items()
+    },
     # Models, from their small files
     "unet's configuration broken": model(EARLY, CONFIG, text(BROKEN), UNLOADABLE),
     "unet's configuration impossible": model(EARLY, CONFIG, change(7, "norm_num_groups"), f"{IN_MODEL}7"),
@@ -263,6 +272,9 @@ CASES = {
     ),
     "captions are numbers": early(
         lambda lab: lab.table(text=[1, 2]), "--caption_column text: holds Value('int64'), not text"
+    ),
+    "metadata is one JSON array": early(
+        lambda lab: lab.pictures(metadata=b'[{"file_name": "00.png", "text": "a"}]'), UNLOADED
     ),
     "metadata is no JSON": early(lambda lab: lab.pictures(metadata=BROKEN.encode()), UNLOADED),
     "metadata without names": early(lambda lab: lab.pictures(metadata=b'{"text": "a"}'), f"{UNLOADED} … file_name"),

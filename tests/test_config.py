@@ -56,7 +56,7 @@ FILES = """
     file empty/other.txt photos/portraits/metadata.jsonl blocked/logs drawn/samples mine/README.md mine/vae/keep.txt
     saved/state.json saved/portraits/state.json saved_splits/dataset_dict.json exported/model_index.json
     run/checkpoint-9/trainer_state.json run/checkpoint-10/trainer_state.json checkpoint-9/trainer_state.json
-    elsewhere/checkpoint-3/trainer_state.json elsewhere/best/trainer_state.json na[1]me/other.txt
+    elsewhere/checkpoint-3/trainer_state.json elsewhere/best/trainer_state.json na[1]me/other.txt a::b/other.txt
 """
 
 
@@ -292,7 +292,7 @@ REFUSED = [
     "--output_dir=file/run | --output_dir file/run | must be a folder",
     f"--output_dir={'x' * 256} | --output_dir {'x' * 256} | names have at most 255 bytes",
     f"--cache_dir=a/{'火' * 86}/b | --cache_dir a/{'火' * 86}/b | names have at most 255 bytes",
-    "--dataset_name=na[1]me | --dataset_name na[1]me | rename the folder",
+    *(f"--dataset_name={name} | --dataset_name {name} | rename the folder" for name in ("na[1]me", "a::b")),
     "--output_dir=blocked | --output_dir blocked | logs in it is a file",
     "--output_dir=drawn | --output_dir drawn | no run wrote samples in it",
     *(f"--logging_dir={name} | --logging_dir {name} | must be a folder of its own inside" for name in LOGS),
@@ -503,7 +503,7 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
 def test_state_is_read_as_it_was_written_without_what_later_versions_add(tmp_path):
     fields = dataclasses.fields(sd_config.TrainerState)
     state, folder = sd_config.TrainerState(*range(len(fields))), tmp_path / "run/checkpoint-9"
-    sd_config.write_state(state, folder)
+    state.write(folder)
     file = folder / "trainer_state.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(saved | {"of_a_later_version": 1}), encoding="utf-8")
@@ -615,10 +615,11 @@ def compare(flags="", **changes):
     args = sd_config.parse_args(RESUMED.split() + flags.split())
     plan = sd_config.Plan(args, rows=32, processes=1, parameters=1)
     state = dict.fromkeys(field.name for field in dataclasses.fields(sd_config.TrainerState))
-    state |= {"seed": 7, "effective_batch": 16, "data": "abc", "step": 6, "max_steps": 6}
+    state |= {"seed": 7, "effective_batch": 16, "data": "abc", "step": 6, "max_steps": 6, "prediction_type": "epsilon"}
     state["args"] = vars(sd_config.parse_args(RESUMED.split())) | changes.pop("args", {})
     saved = sd_config.TrainerState(**state | changes)
-    return sd_config.compare_runs(saved, plan, vars(args) | {"seed": 7}, data="abc")
+    settled = {"seed": 7, "prediction_type": args.prediction_type or "epsilon"}
+    return sd_config.compare_runs(saved, plan, vars(args) | settled, data="abc")
 
 
 PROBLEM, WARNING = 0, 1
@@ -639,6 +640,7 @@ COSINE = {"args": {"lr_scheduler": "cosine"}, "max_steps": 4}
         ("--learning_rate=3e-5", {}, WARNING, "--learning_rate: 0.0001 so far, 3e-05 from here"),
         ("--snr_gamma=5", {}, WARNING, "--snr_gamma: None so far, 5.0 from here"),
         ("--lr_scheduler=cosine", COSINE, WARNING, "that --lr_scheduler cosine stretches over: 4 so far, 6 from here"),
+        ("--prediction_type=v_prediction", {}, WARNING, "--prediction_type: epsilon so far, v_prediction from here"),
         ("--skip_bad_rows", {}, WARNING, "--skip_bad_rows: False so far, True from here"),
         ("", {"args": {"use_ema": True}}, WARNING, "--use_ema: True so far, False from here"),
     ],
@@ -654,6 +656,7 @@ def test_what_changes_nothing_is_not_spoken_of():
     assert compare("--train_batch_size=8 --gradient_accumulation_steps=2") == ([], [])
     assert compare("--dataloader_num_workers=3 --checkpointing_steps=7 --validation_epochs=2") == ([], [])
     assert compare("--max_train_steps=50 --report_to=none --validation_prompts") == ([], [])
+    assert compare("--prediction_type=epsilon") == ([], [])
 
 
 def test_every_flag_is_known_to_change_the_training_or_not_to():

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import re
+import shutil
 import threading
 import types
 
@@ -119,3 +120,20 @@ def test_what_keeps_a_checkpoint_from_being_written_stops_the_run(train, order, 
     assert re.findall(r"checkpoint-\d+ cannot be written", printed) == ["checkpoint-4 cannot be written"]
     assert "Last checkpoint: " in printed
     assert "checkpoint-2: add --resume_from_checkpoint latest" in printed
+
+
+def test_an_output_folder_that_is_deleted_stops_the_run(train, monkeypatch, tmp_path, capsys):
+    """At the next checkpoint, with one message. A validation before that only warns that it cannot draw."""
+
+    def delete(run):
+        if run.step == 3:
+            shutil.rmtree(run.args.output_dir)
+
+    faults.plant(monkeypatch.setattr, after_step=delete)
+    with pytest.raises(SystemExit) as end:
+        train("--max_train_steps=6", "--checkpointing_steps=4", "--train_batch_size=7", "--validation_prompts=a")
+    printed = "".join(capsys.readouterr())
+    assert end.value.code == 1
+    assert len(re.findall("^error: .*checkpoint-4 cannot be written .*No such file", printed, re.MULTILINE)) == 1
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

@@ -237,16 +237,20 @@ def test_captions_of_a_row_are_one_text_or_several_of_which_none_is_empty(given,
     assert trainer.list_captions(given) == captions
 
 
-def test_a_run_says_how_many_captions_it_cuts_and_rows_it_lacks(train, tmp_path, capsys):
+def test_a_run_says_what_texts_it_cuts_and_what_rows_and_steps_it_lacks(train, tmp_path, capsys):
     pictures, captions = [Image.new("RGB", (64, 64))] * 3, ["short", "a " * 75, "a " * 76]
     rows = datasets.Dataset.from_dict({"image": pictures, "text": captions})
-    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
+    rows = rows.cast_column("image", datasets.Image())
+    rows.cast_column("image", datasets.Image(decode=False)).save_to_disk(tmp_path / "rows")  # is decoded nevertheless
     flags = (f"--dataset_name={tmp_path / 'rows'}", "--max_train_samples=99", "--max_train_steps=1")
+    flags += ("--lr_scheduler=linear", "--lr_warmup_steps=5", "--validation_prompts", "a " * 76, "a")
     run = train(*flags, "--train_batch_size=2", data=None)
     assert list(run.logs) == [1]
     assert run.run.plan.rows == 3
     printed = capsys.readouterr().out
-    assert "note: 1 of 3 captions are longer than 77 tokens and will be cut" in printed
+    assert "note: 1 of 3 captions have more than 77 tokens and will be cut" in printed
+    assert "note: 1 of 2 --validation_prompts have more than 77 tokens and will be cut" in printed
+    assert "note: --lr_warmup_steps 5: the run ends before its warm-up does" in printed
     assert "note: --max_train_samples 99: only 3 are available, and all are used" in printed
 
 
