@@ -270,7 +270,7 @@ def sample(pipeline, prompt, seed, **settings):
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     pixels = pipeline(prompt, generator=generator, output_type="pt", **settings).images
-    if not pixels.isfinite().all():  # diffusers would make it black
+    if pixels.isfinite().logical_not().any():  # diffusers would make it black
         raise sd_config.ReportedError(f"{prompt!r}: its picture is not finite; bf16 and fp32 reach further than fp16")
     return pipeline.image_processor.postprocess(pixels, do_denormalize=[False])[0]
 

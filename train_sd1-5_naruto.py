@@ -1462,7 +1462,7 @@ def check_finite(run):
     moments = [moment for state in run.optimizer.adamw.state.values() for moment in state.values()]
     tensors = [*run.unet.parameters(), *(run.average.settled_weights() if run.average else ()), *moments]
     for tensor in tensors:
-        if not getattr(tensor, "scale", tensor).isfinite().all():  # torchao's 8-bit moments are codes times scales
+        if getattr(tensor, "scale", tensor).isfinite().logical_not().any():  # torchao's moments are codes times scales
             what = "the weights, their average or AdamW's moments are not finite, and so not saved"
             raise NotFinite(f"step {run.step}: {what}. A smaller --learning_rate or a larger --adam_epsilon may help.")
 
