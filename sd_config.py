@@ -184,10 +184,12 @@ FLAGS = {
          "auto: only if the crop is fixed (--center_crop), views are reused, and the disk has room."),
         ("micro_batch_size", None, integer(1, word="auto"), "Samples in one forward and backward pass, into which a "
          "step's --train_batch_size x --gradient_accumulation_steps are split; the training is the same. auto: as many "
-         "as fit into memory, in a run of one process. Default: --train_batch_size."),
+         "as fit into memory, in a run of one process. Default: auto on CUDA (not on Windows, which lends the host's "
+         "memory instead), else --train_batch_size."),
         ("torch_compile", False, bool, "Compile the UNet: faster steps after minutes of compilation."),
-        ("low_memory", False, bool, "Weights in bf16 with stochastic rounding, AdamW's moments in 8 bits, the EMA in "
-         "the host's memory, --gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam (needs torchao)."),
+        ("offload_ema", False, bool, "Keep the EMA in the host's memory, where a thread updates it."),
+        ("low_memory", False, bool, "Weights in bf16 with stochastic rounding; sets --offload_ema, "
+         "--gradient_checkpointing, --mixed_precision bf16 and --use_8bit_adam (needs torchao)."),
         ("mixed_precision", None, choice("no", "fp16", "bf16"),
          "Precision of the forward and backward passes. Default: what `accelerate launch` sets, or no."),
         ("allow_tf32", False, bool, "Let float32 matrix products use TF32."),
@@ -384,6 +386,7 @@ def ignored_flags(args, given):
     drawn, tracked = args.validation_prompts, args.report_to != "none"
     needs = {"dream_detail_preservation": args.dream_training, "validation_epochs": drawn or args.validation_samples}
     needs |= {"validation_guidance_scale": drawn, "tracker_project_name": tracked, "logging_dir": tracked}
+    needs["offload_ema"] = args.use_ema
     for flag in (flag for flag, used in needs.items() if flag in given and not used):
         yield f"--{flag} changes nothing in this run: what it adjusts is off"
 
@@ -393,15 +396,13 @@ def resolve_memory(args, problems):
     if args.cache_latents == "on" and not args.center_crop:
         problems.append("--cache_latents on: a random crop is never the same twice; add --center_crop")
     batch, size = args.train_batch_size * args.gradient_accumulation_steps, args.micro_batch_size
-    if size is None:
-        args.micro_batch_size = args.train_batch_size
-    elif size == "auto" and os.environ.get("WORLD_SIZE", "1") != "1":
+    if size == "auto" and os.environ.get("WORLD_SIZE", "1") != "1":
         problems.append("--micro_batch_size auto: works in a run of one process only; give a number, or leave it out")
-    elif size != "auto" and batch % size:
+    elif size not in (None, "auto") and batch % size:
         product = f"--train_batch_size x --gradient_accumulation_steps = {batch}"
         problems.append(f"--micro_batch_size {size}: must be a divisor of {product}, or auto")
     if args.low_memory:
-        args.use_8bit_adam = args.gradient_checkpointing = True
+        args.use_8bit_adam = args.gradient_checkpointing = args.offload_ema = True
         args.mixed_precision = args.mixed_precision or "bf16"
         if args.mixed_precision != "bf16":
             problems.append(f"--mixed_precision {args.mixed_precision}: --low_memory needs bf16")
@@ -874,13 +875,18 @@ class Plan:
 
     `rows` is the number of rows trained on, by `processes` that share each step. `parameters` counts the UNet's
     weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder. `encoding` is what the
-    checkpoint to be resumed says of it (`TrainerState.encoding`).
+    checkpoint to be resumed says of it (`TrainerState.encoding`). `device` is torch's name of the kind of device.
     """
 
-    def __init__(self, args, rows, processes, parameters, texts=0, width=768, encoding=None):
+    def __init__(self, args, rows, processes, parameters, texts=0, width=768, encoding=None, device="cpu"):
         self.args, self.rows, self.processes = args, rows, processes
         self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples per step
         self.effective_batch = self.batch_per_process * processes
+        size = args.micro_batch_size
+        # By itself only where memory that has run out is an error: a CPU's ends the process, Windows lends the host's.
+        by_itself = size is None and device == "cuda" and processes == 1 and os.name != "nt"
+        self.halves = size == "auto" or by_itself  # micro-batches, when memory runs out
+        self.micro_batch_size = self.batch_per_process if self.halves else size or args.train_batch_size
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
@@ -889,7 +895,7 @@ class Plan:
         each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
         self.memory = {"weights": each * parameters, "gradients": each * parameters, "optimizer state": moments}
-        self.memory["EMA (host)" if args.low_memory else "EMA"] = average
+        self.memory["EMA (host)" if args.offload_ema else "EMA"] = average
         self.checkpoint_bytes = each * parameters + moments + average
         base = Path(args.pretrained_model_name_or_path)
         frozen = sum(size_on_disk(base / part) for part in PARTS if part != "unet") if base.is_dir() else FROZEN_BYTES
@@ -951,7 +957,7 @@ class Plan:
         lines = {
             "rows": f"{self.rows}, besides {args.validation_samples} kept out of training",
             "effective batch": f"{self.effective_batch} ({self.batch_per_process} x {self.processes} process(es))",
-            "micro-batches": args.micro_batch_size,
+            "micro-batches": f"{self.micro_batch_size}{', halved whenever memory runs out' * self.halves}",
             "steps": f"{self.max_steps} ({epoch} per epoch, {self.max_steps / epoch:.1f} epochs)",
             "learning rate": f"{self.learning_rate:g}",
             "memory": f"{memory}; activations come on top",

@@ -51,6 +51,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -127,7 +128,8 @@ def make_plan(args, saved, rows, accelerator):
     load = UNet2DConditionModel.load_config
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
-    plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, saved and saved.encoding)
+    device = accelerator.device.type
+    plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, saved and saved.encoding, device)
     plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
     return plan
 
@@ -402,9 +404,11 @@ def train_step(run, batch):
     gradient_norm = clip_gradients(run)
     run.consistent = False
     torch.manual_seed(keyed_seed(run.stream.seed, "rounding", run.step))  # for --low_memory's stochastic rounding
+    if run.average:
+        run.average.release_weights()
     metrics = {"loss": loss, "grad_norm": gradient_norm} | run.optimizer.step(run.step, loss, gradient_norm)
     if run.average and not metrics.get("skipped"):
-        run.average.update(list(run.unet.parameters()))
+        run.average.update(run.weights)
     run.step += 1
     run.consistent = True
     if (scale := run.optimizer.loss_scale) and scale < LEAST_LOSS_SCALE:
@@ -435,7 +439,7 @@ def add_gradients(run, batch):
                 losses.append(loss.detach())
         return torch.stack(losses).mean()
     except RuntimeError as error:
-        if run.args.micro_batch_size != "auto" or size == 1 or not OUT_OF_MEMORY.search(str(error)):
+        if not run.plan.halves or size == 1 or not OUT_OF_MEMORY.search(str(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # the frames hold the activations
     run.micro_batch_size = next(n for n in range(size // 2, 0, -1) if run.plan.batch_per_process % n == 0)
@@ -451,13 +455,13 @@ def micro_batch_loss(run, micro_batch):
 
 def clip_gradients(run):
     """Scale the gradients down to --max_grad_norm, if their global norm is above it. Return that norm: shape ()."""
-    parameters, limit = list(run.unet.parameters()), run.args.max_grad_norm
+    limit = run.args.max_grad_norm
     if not run.args.low_memory:
-        return run.accelerator.clip_grad_norm_(parameters, limit)
+        return run.accelerator.clip_grad_norm_(run.weights, limit)
     # Sum in float32: the gradients are bf16, whose rounding would lose most of a long sum.
-    norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
+    norms = [torch.linalg.vector_norm(weight.grad, dtype=torch.float32) for weight in run.weights]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    torch.nn.utils.clip_grads_with_norm_(run.weights, limit, norm)
     return norm
 
 
@@ -484,11 +488,7 @@ class Optimizer:
     def step(self, step, loss, gradient_norm):
         """Update the weights with the rate of `step` (from 0), if all was finite so far; return metrics to log."""
         scaler, rate = self.accelerator.scaler, self.peak_rate * self.rate_factor(step)
-        for group in self.adamw.param_groups:
-            if torch.is_tensor(group["lr"]):  # torchao's compiled step reads the rate from a tensor
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        self.adamw.param_groups[0]["lr"] = rate
         if scaler and self.loss_scale is None:
             self.loss_scale = scaler.get_scale()
         self.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
@@ -513,6 +513,7 @@ class Average:
         self.on_host, self.updates = on_host, 0
         self.weights = [weight.detach().to("cpu" if on_host else device, copy=True) for weight in unet.parameters()]
         self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
+        self.stream = torch.cuda.Stream() if on_host and device.type == "cuda" else None  # copies beside the training
 
     @torch.no_grad()
     def update(self, weights):
@@ -522,17 +523,23 @@ class Average:
         if not self.on_host:
             get_ema_multi_avg_fn(decay)(self.weights, weights, None)
             return
-        copies, arrived = [copied_to_host(weight) for weight in weights], None
-        if weights[0].is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.pending = self.executor.submit(self.update_on_host, self.settled_weights(), copies, 1 - decay, arrived)
+        averages = self.settled_weights()
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            copies = [copied_to_host(weight) for weight in weights]
+        self.pending = self.executor.submit(self.update_on_host, averages, copies, 1 - decay)
+
+    def release_weights(self):
+        """Have the device change no weights before they are copied to the host."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     @torch.no_grad()  # that of `update` does not hold in another thread
-    def update_on_host(self, averages, weights, move, arrived):
-        """Move the averages towards copies of the weights by the fraction `move`, once the copies have `arrived`."""
-        if arrived:
-            arrived.synchronize()
+    def update_on_host(self, averages, weights, move):
+        """Move the averages towards copies of the weights by the fraction `move`, once these have arrived."""
+        if self.stream:
+            self.stream.synchronize()
         for average, weight in zip(averages, weights, strict=True):
             average.lerp_(weight.float(), move)
 
@@ -595,7 +602,8 @@ class Progress:
         """Close the bar, and print the peak memory of the GPU."""
         self.bar.close()
         if self.run.accelerator.device.type == "cuda":
-            self.run.accelerator.print(f"Peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+            peaks = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+            self.run.accelerator.print("Peak GPU memory: {:.2f} GiB allocated, {:.2f} GiB reserved".format(*peaks))
 
 
 def describe_step(run, step, loss, grad_norm):
@@ -807,7 +815,11 @@ def create_accelerator(args):
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                # Checkpointing casts the weights again in the backward pass: copies kept for it would only take memory.
+                AutocastKwargs(cache_enabled=not args.gradient_checkpointing),
+            ],
         )
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown device, or a precision that the device lacks
         stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
@@ -861,12 +873,13 @@ class Run:
             "dream_detail_preservation": args.dream_detail_preservation if args.dream_training else None,
             "snr_gamma": args.snr_gamma,
         }
-        self.average = Average(ema_unet, accelerator.device, on_host=args.low_memory) if args.use_ema else None
+        self.average = Average(ema_unet, accelerator.device, on_host=args.offload_ema) if args.use_ema else None
         self.unet = prepare_unet(pipeline.unet, args, accelerator)
+        self.weights = list(self.unet.parameters())  # to walk over the modules takes a millisecond
         network = torch.compile(self.unet, fullgraph=True, dynamic=False) if args.torch_compile else self.unet
         self.network = accelerator.prepare(network)
         self.optimizer = Optimizer(args, plan, self.unet, accelerator)
-        self.micro_batch_size = plan.batch_per_process if args.micro_batch_size == "auto" else args.micro_batch_size
+        self.micro_batch_size = plan.micro_batch_size
         self.checkpoints = Checkpoints(plan, accelerator)
         self.tracker = Tracker(accelerator, args)
         self.progress = Progress(self)
@@ -976,10 +989,8 @@ def prepare_unet(unet, args, accelerator):
         except (ValueError, NotImplementedError) as error:  # no CUDA device, or one that xformers was not built for
             stop_if([f"--enable_xformers_memory_efficient_attention: {error}"])
     if args.low_memory:
-        for parameter in unet.parameters():
-            # Only these get 8-bit moments from torchao. Others' moments take the weights' dtype, so it stays float32.
-            if parameter.numel() >= 4096 and parameter.numel() % 256 == 0:
-                parameter.data = parameter.data.bfloat16()
+        for parameter in filter(has_8bit_moments, unet.parameters()):  # others' have their dtype: it stays float32
+            parameter.data = parameter.data.bfloat16()
     return unet.to(accelerator.device)
 
 
@@ -988,11 +999,87 @@ def create_adamw(args, plan, unet):
     settings = {"lr": plan.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     settings["weight_decay"] = args.adam_weight_decay
     if args.use_8bit_adam:
-        from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
-
-        return AdamW8bit(unet.parameters(), **settings, bf16_stochastic_round=args.low_memory)
+        return EightBitAdamW(list(unet.parameters()), settings, stochastic_rounding=args.low_memory)
     # Fused only where that is known to heed `found_inf`, which the NaN guard needs: on mps, for one, it is not.
     return torch.optim.AdamW(unet.parameters(), fused=unet.device.type in ("cpu", "cuda"), **settings)
+
+
+def has_8bit_moments(weight):
+    """Say whether a tensor is one of those that torchao keeps 8-bit moments of."""
+    return weight.numel() >= 4096 and weight.numel() % 256 == 0
+
+
+class EightBitAdamW(torch.optim.Optimizer):
+    """AdamW with 8-bit moments: torchao's, called for chunks of one size instead of for every tensor.
+
+    For tensors torchao compiles its update once a shape, which takes minutes, and calls it 686 times a step. So they
+    are copied into chunks, updated there, and copied back. Their moments are views of a chunk's, and are saved as
+    torchao saves them. Small tensors have float32 moments, as with torchao, and torch's fused AdamW.
+    """
+
+    def __init__(self, weights, settings, stochastic_rounding):
+        from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
+        from torchao.optim.subclass_8bit import OptimState8bit  # noqa: PLC0415
+
+        super().__init__(weights, settings)
+        large, small = [], []
+        for weight in weights:
+            (large if has_8bit_moments(weight) else small).append(weight)
+        self.small, device, dtype = torch.optim.AdamW(small, fused=True, **settings), weights[0].device, large[0].dtype
+        for weight in small:
+            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[weight] = self.small.state[weight] = {"step": torch.zeros((), device=device), **zeros}
+        self.size, self.chunks = max(weight.numel() for weight in large), []
+        for tensors in pack(large, self.size):
+            moments = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
+            for name, signed in moments.items():
+                moments[name] = OptimState8bit.zeros((self.size,), signed, 256, device, dtype)
+            chunk, end = {"step": torch.zeros(()), **moments}, 0
+            for weight in tensors:
+                start, end = end, end + weight.numel()
+                views = {name: moment[start:end].view(weight.shape) for name, moment in moments.items()}
+                self.state[weight] = chunk | views
+            self.chunks.append((tensors, chunk))
+        self.values = torch.nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        self.large = AdamW8bit([self.values], **settings, bf16_stochastic_round=stochastic_rounding)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all weights."""
+        rate = self.param_groups[0]["lr"]
+        self.small.param_groups[0]["lr"] = rate
+        self.small.step()
+        self.large.param_groups[0]["lr"].fill_(rate)
+        self.values.data = self.values.new_zeros(self.size)
+        self.values.grad = torch.zeros_like(self.values)
+        for tensors, chunk in self.chunks:
+            sizes = [weight.numel() for weight in tensors]
+            torch.cat([weight.flatten() for weight in tensors], out=self.values[: sum(sizes)])
+            torch.cat([weight.grad.flatten() for weight in tensors], out=self.values.grad[: sum(sizes)])
+            self.large.state[self.values] = chunk
+            self.large.step()
+            pieces = self.values[: sum(sizes)].split(sizes)
+            assign(tensors, [piece.view(weight.shape) for piece, weight in zip(pieces, tensors, strict=True)])
+        self.values.data, self.values.grad = self.values.new_zeros(0), None
+
+    def load_state_dict(self, state_dict):
+        """Copy the moments of a state; rates and the like stay as they are."""
+        for index, moments in state_dict["state"].items():
+            for name, moment in moments.items():
+                self.state[self.param_groups[0]["params"][index]][name].copy_(moment)
+
+
+def pack(tensors, size):
+    """Return tensors in lists with at most `size` values each: the largest first, each into the first with room."""
+    lists, room = [], []
+    for tensor in sorted(tensors, key=torch.Tensor.numel, reverse=True):
+        place = next((place for place, left in enumerate(room) if left >= tensor.numel()), len(lists))
+        if place == len(lists):
+            lists.append([])
+            room.append(size)
+        lists[place].append(tensor)
+        room[place] -= tensor.numel()
+    return lists
 
 
 def restore(run, saved):
@@ -1001,7 +1088,8 @@ def restore(run, saved):
     # Only the moments: flags such as --adam_weight_decay are this run's own.
     kwargs = {"map_location": "cpu", "weights_only": True}
     moments = infer.load(torch.load, "--resume_from_checkpoint", folder / OPTIMIZER, **kwargs)
-    for weight, state in zip(run.unet.parameters(), moments.values(), strict=True):
+    for index, state in moments.items():
+        weight = run.weights[index]
         for name, moment in state.items():  # saved with another memory format, if the precision was another
             if type(moment) is torch.Tensor and moment.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=moment.dtype, device="cpu").copy_(moment)
@@ -1010,7 +1098,7 @@ def restore(run, saved):
         run.average.updates = saved.ema_step
     if scaler and saved.scaler and saved.scaler["scale"] >= LEAST_LOSS_SCALE:
         scaler.load_state_dict(saved.scaler)
-    if run.args.micro_batch_size == "auto" and run.plan.batch_per_process % saved.micro_batch_size == 0:
+    if run.plan.halves and run.plan.batch_per_process % saved.micro_batch_size == 0:
         run.micro_batch_size = saved.micro_batch_size
     run.step, run.checkpoints.last_step, run.progress.loss = saved.step, saved.step, saved.loss
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
@@ -1356,22 +1444,20 @@ def averaged_weights(run):
     if run.average is None:
         yield
         return
-    weights = list(run.unet.parameters())
-    own = [weight.detach().to("cpu", copy=True) for weight in weights]
+    own = [weight.detach().to("cpu", copy=True) for weight in run.weights]
     run.consistent = False
-    assign(weights, run.average.settled_weights())
+    assign(run.weights, run.average.settled_weights())
     try:
         yield
     finally:
-        assign(weights, own)
+        assign(run.weights, own)
         run.consistent = True
 
 
 @torch.no_grad()
 def assign(tensors, values):
     """Give each of the tensors its new value, in place."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+    torch._foreach_copy_(tensors, values)
 
 
 def draw_prompts(run, folder, signals):
@@ -1460,7 +1546,7 @@ class Checkpoints:
 def check_finite(run):
     """Raise `NotFinite` if a weight, average or moment is not finite: the optimizer's own arithmetic may overflow."""
     moments = [moment for state in run.optimizer.adamw.state.values() for moment in state.values()]
-    tensors = [*run.unet.parameters(), *(run.average.settled_weights() if run.average else ()), *moments]
+    tensors = [*run.weights, *(run.average.settled_weights() if run.average else ()), *moments]
     for tensor in tensors:
         if getattr(tensor, "scale", tensor).isfinite().logical_not().any():  # torchao's moments are codes times scales
             what = "the weights, their average or AdamW's moments are not finite, and so not saved"
@@ -1563,7 +1649,8 @@ def model_card(run):
         "tags: [stable-diffusion, text-to-image, full-fine-tune]\n---",
         f"# {args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or args.train_data_dir}",
         f"All weights of the UNet were trained for {run.step} steps of {plan.effective_batch} samples "
-        f"({plan.rows} rows, {run.step / plan.steps_per_epoch:.1f} epochs, seed {run.stream.seed}). "
+        f"({plan.rows} rows, {run.step / plan.steps_per_epoch:.1f} epochs, seed {run.stream.seed}), "
+        f"in micro-batches of {run.micro_batch_size}. "
         f"The loss of the last step was {run.progress.loss:.4f}.",
         f"![samples]({grid})" if Path(args.output_dir, grid).exists() else "",
         '`unet` holds the moving average; the raw weights load with `variant="non_ema"`.' if run.average else "",

@@ -21,11 +21,12 @@ from conftest import ROOT, TUTORIAL, assert_says, only
 # Every flag and its default. NONE and OFF are the flags with the default None or False.
 NONE = """
     revision variant dataset_config_name train_data_dir max_train_samples cache_dir seed max_train_steps snr_gamma
-    non_ema_revision prediction_type mixed_precision checkpoints_total_limit resume_from_checkpoint
+    non_ema_revision prediction_type mixed_precision checkpoints_total_limit resume_from_checkpoint micro_batch_size
 """
 OFF = """
     center_crop random_flip gradient_checkpointing scale_lr dream_training use_8bit_adam allow_tf32 use_ema
     enable_xformers_memory_efficient_attention overwrite_output_dir dry_run skip_bad_rows torch_compile low_memory
+    offload_ema
 """
 DEFAULTS = {
     **dict.fromkeys(NONE.split()),
@@ -37,7 +38,7 @@ DEFAULTS = {
     **{"tracker_project_name": "SD-Naruto", "lr_scheduler": "constant", "cache_latents": "auto"},
     **{"resolution": 512, "train_batch_size": 16, "gradient_accumulation_steps": 1, "num_train_epochs": 100},
     **{"lr_warmup_steps": 500, "dataloader_num_workers": 0, "local_rank": -1, "checkpointing_steps": 500},
-    **{"validation_epochs": 5, "validation_samples": 0, "micro_batch_size": 16},
+    **{"validation_epochs": 5, "validation_samples": 0},
     **{"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2},
     **{"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "dream_detail_preservation": 1.0, "noise_offset": 0.0},
     **{"input_perturbation": 0.0, "caption_dropout": 0.0, "validation_guidance_scale": 7.5},
@@ -136,7 +137,7 @@ def test_every_flag_has_its_default_which_passes_every_check(accept):
 def test_command_of_the_tutorial_parses_unchanged(accept):
     args, notices = accept(*shlex.split(TUTORIAL))
     changed = dict.fromkeys(("use_ema", "center_crop", "random_flip", "gradient_checkpointing"), True)
-    changed |= {"train_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 4, "seed": 42}
+    changed |= {"train_batch_size": 1, "gradient_accumulation_steps": 4, "seed": 42}
     changed |= {"max_train_steps": 15000, "learning_rate": 1e-5, "lr_warmup_steps": 0}
     assert vars(args) == DEFAULTS | changed
     assert notices == []
@@ -407,7 +408,26 @@ def test_micro_batches_as_large_as_fit_are_found_by_one_process_only(accept, ref
     assert accept("--micro_batch_size=auto")[0].micro_batch_size == "auto"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert only(refuse("--micro_batch_size=auto")).startswith("--micro_batch_size auto: works in a run of one process")
-    assert accept("--train_batch_size=3")[0].micro_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "processes", "system", "size", "halves"),
+    [
+        ("", "cuda", 1, "posix", 12, True),
+        ("", "cuda", 1, "nt", 3, False),
+        ("", "cuda", 2, "posix", 3, False),
+        ("", "cpu", 1, "posix", 3, False),
+        ("--micro_batch_size=6", "cuda", 1, "posix", 6, False),
+        ("--micro_batch_size=auto", "cpu", 1, "posix", 12, True),
+    ],
+)
+def test_micro_batches_fill_the_memory_only_where_more_is_an_error(
+    monkeypatch, flags, device, processes, system, size, halves
+):
+    args = sd_config.parse_args(f"--train_batch_size=3 --gradient_accumulation_steps=4 {flags}".split())
+    monkeypatch.setattr(sd_config, "os", argparse.Namespace(name=system))
+    plan = sd_config.Plan(args, rows=9, processes=processes, parameters=1, device=device)
+    assert (plan.micro_batch_size, plan.halves) == (size, halves)
 
 
 def test_old_model_id_is_mapped_with_a_notice(accept):
@@ -667,7 +687,7 @@ def test_every_flag_is_known_to_change_the_training_or_not_to():
         enable_xformers_memory_efficient_attention local_rank output_dir overwrite_output_dir checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
         validation_guidance_scale tracker_project_name logging_dir train_batch_size gradient_accumulation_steps
-        cache_latents micro_batch_size torch_compile
+        cache_latents micro_batch_size torch_compile offload_ema
     """
     compared = {"seed", "max_train_samples", "validation_samples", "use_8bit_adam"}
     flags = set(vars(sd_config.parse_args([])))
