@@ -10,12 +10,13 @@ import json
 import os
 import secrets
 import shlex
+import signal
 import textwrap
 import warnings
 from pathlib import Path
 
 import sd_config
-from sd_config import choice, integer, real, stop_if
+from sd_config import PATH, choice, integer, real, stop_if
 
 # Samplers by their usual names; the values are the names of diffusers' classes.
 SCHEDULERS = {
@@ -32,13 +33,13 @@ SCHEDULERS = {
 # fmt: off
 FLAGS = {
     "options": [
-        ("model_path", "./sd-naruto-model", str, "Folder of a diffusers pipeline, or a Hub id (owner/name)."),
-        ("checkpoint", None, str,
+        ("model_path", "./sd-naruto-model", PATH, "Folder of a diffusers pipeline, or a Hub id (owner/name)."),
+        ("checkpoint", None, PATH,
          "Draw with the UNet of this checkpoint folder, on the base model that it was trained from."),
         ("prompt", ["Lebron James with a hat"], "+", "One or more prompts."),
         ("negative_prompt", None, str, "What the pictures should not show."),
-        ("output", "result.png", str, "File to write; for several pictures, NAME-0.png, NAME-1.png …"),
-        ("num_images", 1, integer(1), "Pictures of each prompt."),
+        ("output", "result.png", PATH, "File to write; for several pictures, NAME-0.png, NAME-1.png …"),
+        ("num_images", 1, integer(1, 10000), "Pictures of each prompt."),
         ("seed", None, integer(0, 2**32 - 1), "Picture i of a prompt is drawn with seed + i. Default: a random one."),
         ("num_inference_steps", 50, integer(1, 998), "Denoising steps."),  # of 999, some samplers make NaN
         ("guidance_scale", 7.5, real(0), "Strength of classifier-free guidance; 1 or less turns it off."),
@@ -61,7 +62,8 @@ def parse_args(argv=None):
     parser = sd_config.Parser("Draw pictures from prompts with a trained Stable Diffusion pipeline.", FLAGS)
     args, given, problems = parser.parse_all(argv)
     if not problems:
-        resolve(args, given, problems)
+        with sd_config.exit_on(OSError):
+            resolve(args, given, problems)
     stop_if(problems)
     return args
 
@@ -110,6 +112,7 @@ def resolve_output(args):
 
 if __name__ == "__main__":
     sd_config.outlive_streams()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
     ARGS = parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
 
@@ -148,7 +151,7 @@ def main(args):
             "width": args.width or size,
         }
         drawn_by = {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "device": device}
-        with sd_config.exit_on(sd_config.ReportedError, OSError):
+        with sd_config.exit_on(sd_config.ReportedError, OSError, torch.OutOfMemoryError):
             path.parent.mkdir(parents=True, exist_ok=True)
             image = draw(pipeline, path, settings, args.origin | drawn_by)
         print(f"{path}: {image.width}x{image.height}, seed {settings['seed']}, {settings['prompt']!r}")
@@ -188,6 +191,7 @@ def open_pipeline(args, dtype):
         name = "unet_ema" if Path(args.checkpoint, "unet_ema").is_dir() else "unet"
         options["unet"] = load(load_unet, "--checkpoint", args.checkpoint, subfolder=name, dtype=dtype)
     pipeline = load(StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, **options)
+    check_tokenizer(pipeline.tokenizer, f"--model_path {args.model_path}")
     set_scheduler(pipeline, SCHEDULERS.get(args.scheduler), **args.trained)
     return pipeline
 
@@ -199,6 +203,12 @@ def load(loader, flag, model, **kwargs):
     except Exception as error:  # the libraries raise many types of error
         remedy = "check the folder" if sd_config.is_local(model) else "check name and network, or give a local folder"
         return sd_config.stop(f"{flag} {model}: cannot be loaded ({remedy}): {error}")
+
+
+def check_tokenizer(tokenizer, model):
+    """Exit with code 2 if a model's tokenizer lacks files, without which it loads nevertheless, and knows no word."""
+    if len(tokenizer) < 256 or tokenizer.model_max_length > 10**6:
+        sd_config.stop(f"{model}: its tokenizer lacks its vocabulary or its settings")
 
 
 def restore_precision(pipeline, flag, variant=None):
@@ -249,7 +259,13 @@ def draw(pipeline, path, settings, text):
     said = {name: value for name, value in (settings | text).items() if value is not None}
     said = json.dumps(said, default=str, ensure_ascii=False).encode(errors="backslashreplace")  # a path may not be text
     chunks.add_itxt(sd_config.PNG_TEXT, said)  # in one chunk that only we read: ComfyUI takes `prompt` for its own JSON
-    image.save(path, pnginfo=chunks)
+    part = path.with_name(f".{os.getpid()}.png")
+    try:
+        image.save(part, pnginfo=chunks)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise sd_config.WriteError(f"{path} cannot be written: {error}") from error
     return image
 
 

@@ -100,12 +100,13 @@ def choice(*values):
     return flag_type("|".join(values), f"one of {', '.join(values)}", lambda text: text if text in values else None)
 
 
-PATH = flag_type("PATH", "a path whose names have at most 255 bytes", lambda text: text if is_path(text) else None)
+def path(text):
+    """Return the path of a file or folder with ~ expanded, or None if no path can be like this."""
+    fits = "\0" not in text and all(len(os.fsencode(name)) < 256 for name in text.split(os.sep))
+    return os.path.expanduser(text) if fits else None
 
 
-def is_path(text):
-    """Say whether a text can be the path of a file or folder."""
-    return "\0" not in text and all(len(os.fsencode(name)) < 256 for name in text.split(os.sep))
+PATH = flag_type("PATH", "a path whose names have at most 255 bytes", path)
 
 
 # By group: name (and alias), default, type, help. The type bool is a switch; "*" is any number of words.
@@ -237,7 +238,8 @@ def parse_args(argv=None):
     args, given, problems = parser.parse_all(argv)
     notices = []
     if not problems:  # a value that failed its own check would only cause confusing follow-up messages
-        resolve(args, given, problems, notices)
+        with exit_on(OSError):
+            resolve(args, given, problems, notices)
     stop_if(problems)
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
@@ -260,7 +262,7 @@ def outlive_streams():
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name)
         if stream is None:  # it is closed, and no other file may get its number
-            os.open(os.devnull, os.O_WRONLY)
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
         file = io.BufferedWriter(LossyFile(number, "w", closefd=False))
         encoding = stream.encoding if stream else "utf-8"
         setattr(sys, name, io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True))
@@ -328,6 +330,9 @@ class Parser(argparse.ArgumentParser):
         given = {name for name, value in vars(args).items() if value is not absent}
         vars(args).update({name: default for name, default in defaults.items() if name not in given})
         problems = [f"--{name} {value}" for name, value in vars(args).items() if isinstance(value, Rejected)]
+        for name, value in vars(args).items():
+            if re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, list) else str(value)):
+                problems.append(f"--{name} {value!a}: is not UTF-8")
         return args, given, [*self.unknown_flags(unknown), *problems]
 
     def unknown_flags(self, unknown):
@@ -352,7 +357,8 @@ def resolve(args, given, problems, notices):
     packages["enable_xformers_memory_efficient_attention"] = "xformers"
     for flag, package in packages.items():
         value = getattr(args, flag)
-        if value not in (False, "none") and importlib.util.find_spec(package) is None:
+        found = value in (False, "none") or getattr(importlib.util.find_spec(package), "origin", None)
+        if not found:  # a mere folder of this name, as wandb leaves it, has no origin
             given_as = flag if value is True else f"{flag} {value}"
             problems.append(f"--{given_as}: {package} is not installed: pip install {package}")
     compiled = [name for name in ("torch_compile", "use_8bit_adam", "low_memory") if getattr(args, name)]
@@ -446,9 +452,14 @@ def pipeline_problems(flag, name):
     except (OSError, ValueError, AttributeError) as error:
         return [f"{flag} {name}: its {INDEX} cannot be read: {error}"]
     # A part is written as [library, class], or as [null, null] where there is none.
-    expected = {part for part, kind in parts if isinstance(kind, list) and any(kind)}
-    expected |= {*PARTS} - {"safety_checker", "feature_extractor"}  # which a pipeline may lack
-    return [f"{flag} {name}: has no folder {part}" for part in sorted(expected) if not (folder / part).is_dir()]
+    expected = {part: ".".join(map(str, kind)) for part, kind in parts if isinstance(kind, list) and any(kind)}
+    needed = {*expected, *PARTS} - ({"safety_checker", "feature_extractor"} - {*expected})  # which a pipeline may lack
+    problems = [f"{flag} {name}: has no folder {part}" for part in sorted(needed) if not (folder / part).is_dir()]
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    for part, kind in kinds.items():
+        if part in expected and not expected[part].endswith(f".{kind}"):
+            problems.append(f"{flag} {name}: its {part} is a {expected[part]}, and must be a {kind}")
+    return problems
 
 
 def resolve_data(args, given, problems):
@@ -499,16 +510,15 @@ def resolve_output(args, problems, notices):
 
 def inputs_in_the_way(args, output):
     """Yield which inputs of a run lie where it writes, or would count what it writes as training data."""
-    data = {"--dataset_name": args.dataset_name}
-    data["--train_data_dir"] = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
-    others = {"--pretrained_model_name_or_path": args.pretrained_model_name_or_path}
-    others["the folder of the scripts"] = os.path.dirname(__file__)
-    for name, folder in (data | others).items():
-        folder = Path(folder or os.devnull).resolve()
+    subfolder = args.train_data_dir and os.path.join(args.dataset_name or "", args.train_data_dir)
+    inputs = {"--dataset_name": args.dataset_name, "--train_data_dir": subfolder, "--cache_dir": args.cache_dir}
+    inputs["--pretrained_model_name_or_path"] = args.pretrained_model_name_or_path
+    inputs["the folder of the scripts"] = os.path.dirname(__file__)
+    for name, folder in [(name, Path(folder).resolve()) for name, folder in inputs.items() if folder]:
         within = output in folder.parents and is_reserved(folder.relative_to(output).parts[0])
         read = name == ("--train_data_dir" if args.train_data_dir else "--dataset_name")
         around = read and folder in output.parents and folder.is_dir()
-        if folder == output or within or around:
+        if within or around or (folder == output and name != "--cache_dir"):
             yield name
 
 
@@ -623,13 +633,13 @@ def find_checkpoint(wanted, output, problems, notices):
     return None
 
 
-def find_damage(folder, prefix=""):
-    """Return what is damaged in a checkpoint's folder, or None if it is whole."""
+def find_damage(folder, prefix="", holds=STATE):
+    """Return what is damaged in the folder of a checkpoint, or of what else `holds` a file, or None if it is whole."""
     name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         # Only the trainer's state and files whose names start with `prefix` are checked.
-        manifest = {name: entry for name, entry in manifest.items() if name.startswith((prefix, STATE))}
+        manifest = {name: entry for name, entry in manifest.items() if name.startswith((prefix, holds))}
         for name, (size, _) in manifest.items():  # all sizes first, because checksums take seconds
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes instead of {size}"
@@ -640,7 +650,11 @@ def find_damage(folder, prefix=""):
         return f"{MANIFEST} or what it lists cannot be read: {error}"
     if changed:
         return f"{changed[0]} is not as it was saved (its checksum differs)"
-    return None if STATE in manifest else f"{MANIFEST} lists no {STATE}"
+    if holds not in manifest:
+        return f"{MANIFEST} lists no {holds}"
+    step = read_json(folder / STATE).get("step")
+    renamed = step and folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{step}"
+    return f"it holds step {step}, so its name was changed" if renamed else None
 
 
 def write_manifest(folder, before=None):
@@ -690,16 +704,28 @@ class WriteError(ReportedError):
 
 
 @contextlib.contextmanager
+def reported(what, size, folder):
+    """Make any other error within a `WriteError`: `what`, of `size` bytes, cannot be written into `folder`."""
+    try:
+        yield
+    except ReportedError:
+        raise
+    except Exception as error:  # each library raises an error of its own when a disk is full
+        room = f"{gigabytes(size)} needed, {gigabytes(shutil.disk_usage(disk_of(folder)).free)} free"
+        raise WriteError(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def written_whole(hidden, what, size):
     """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
-        hidden.mkdir()  # not the folders above it: an output folder deleted since the start is an error
-        yield hidden
-    except Exception as error:  # each library raises an error of its own when a disk is full
+        with reported(what, size, hidden):
+            hidden.mkdir()  # not the folders above it: an output folder deleted since the start is an error
+            yield hidden
+    except WriteError:
         shutil.rmtree(hidden, ignore_errors=True)
-        room = f"{gigabytes(size)} needed, {gigabytes(shutil.disk_usage(disk_of(hidden)).free)} free"
-        raise WriteError(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
+        raise
 
 
 def put_in_place(hidden, final):
@@ -725,14 +751,17 @@ def put_export_in_place(staging, output):
     """
     if problems := foreign_problems(output, math.inf):  # put there since the start
         raise ReportedError(f"{problems[0]}; the export waits in {staging}")
-    for name in (INDEX, "README.md"):  # whose checksums the manifest now has
-        (output / name).unlink(missing_ok=True)
-    (staging / MANIFEST).replace(output / OWN / MANIFEST)
-    for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
-        target = output / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
+    try:
+        for name in (INDEX, "README.md"):  # whose checksums the manifest now has
+            (output / name).unlink(missing_ok=True)
+        (staging / MANIFEST).replace(output / OWN / MANIFEST)
+        for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
+            target = output / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+    except OSError as error:
+        raise ReportedError(f"{error}; what is not in {output} yet waits in {staging}") from error
     staging.rmdir()
     for folder in (output / OWN, output):
         flush(folder, within=False)
@@ -764,9 +793,12 @@ def lock(folder, name, wait=False):
     try:
         # Nothing else may open the file: the lock ends when this process closes any handle of it. Windows has no lock.
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        stop(f"{name}: another process is training into it")
+        if not wait:
+            stop(f"{name}: another process is training into it")
+        print(f"Waiting for another process that writes into {name}")
+        fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks: go on without one
         pass
     return file
@@ -798,14 +830,22 @@ def deletions(args, encoding=None):
     The encodings in the folder named `encoding` are those of the new one.
     """
     output = Path(args.output_dir)
-    paths = [path for path in (output / OWN).glob("*") if path.name not in (LOCK, MANIFEST)]
+    unfinished = re.compile(r"(checkpoint|step)-\d+|export|old-.+")
+    paths = [path for path in (output / OWN).glob("*") if unfinished.fullmatch(path.name)]
     if args.overwrite_output_dir:  # what proves whose the others are comes last
-        paths += [path for path in output.glob("encoded-" + 16 * "[0-9a-f]") if path.name != encoding]
+        encodings = {path for path in output.glob("encoded-" + 16 * "[0-9a-f]") if path.name != encoding}
+        paths += [path for path in encodings if all(map(is_encoding, files_in(path)))]
         paths += [output / name for name in EXPORT]
         paths += [*numbered(output / SAMPLES, "step"), *numbered(output, "checkpoint"), output / OWN / MANIFEST]
     return [path for path in paths if path.exists()]
 
 
+def is_encoding(file):
+    """Say whether a file in a folder of encodings is one that a run writes there."""
+    return file.name in (LOCK, MANIFEST) or file.name.startswith("tmp") or file.suffix == ".arrow"
+
+
+@exit_on(OSError)
 def clear_output(args, encoding):
     """Delete the `deletions`, each folder at once, so that a start that is killed leaves no half of one behind."""
     own = Path(args.output_dir, OWN)
@@ -832,7 +872,7 @@ def foreign_problems(output, step):
                 strangers.append(file)
     for path in (*numbered(output, "checkpoint"), *numbered(output / SAMPLES, "step")):
         strangers += foreign_files(path) if step_of(path) > step else []
-    strangers += [path for path in files_in(output / SAMPLES) if path == output / SAMPLES]  # a file or link itself
+    strangers += [path for path in (output / SAMPLES, output / OWN) if files_in(path) == [path]]  # a file, or a link
     names = ", ".join(str(path.relative_to(output)) for path in strangers[:5]) + ", ..." * (len(strangers) > 5)
     problem = f"--output_dir {output}: no run wrote {names} in it; move away what is yours, or choose another folder"
     return [problem] if strangers else []

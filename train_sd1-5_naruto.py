@@ -53,6 +53,7 @@ import torch.nn.functional as F
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
+    DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -67,7 +68,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 import infer
 
@@ -128,6 +129,11 @@ def make_plan(args, saved, rows, accelerator):
     load = UNet2DConditionModel.load_config
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
+    config, width = unet.config, load_base(CLIPTextConfig.from_pretrained, args, subfolder="text_encoder").hidden_size
+    unusual = config.class_embed_type, config.num_class_embeds, config.addition_embed_type
+    if config.in_channels != 4 or config.cross_attention_dim != width or any(unusual):
+        what = "its UNet does not take what Stable Diffusion 1.5's takes: 4 channels of latents, and a caption"
+        stop_if([f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {what}"])
     device = accelerator.device.type
     plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, saved and saved.encoding, device)
     plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
@@ -368,6 +374,7 @@ def train(run):
                 run.progress.restart_clock()
             leave_if_asked(run, signals)
         run.checkpoints.finish()
+        leave_if_asked(run, signals)
     run.progress.close()
 
 
@@ -620,7 +627,7 @@ def describe_step(run, step, loss, grad_norm):
 
 def can_ask():
     """Say whether a question would be seen and answered: on a terminal, and not from the background."""
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()
     return interactive and (os.name == "nt" or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp())
 
 
@@ -635,7 +642,6 @@ class Tracker:
         folder = self.accelerator.logging_dir
         if self.name == "none" or run.step == run.plan.max_steps:
             return
-        os.makedirs(folder, exist_ok=True)
         options = {"name": EXPERIMENT_NAME, "dir": folder} if self.name == "wandb" else {}
         if self.name == "swanlab":
             import swanlab  # noqa: PLC0415 (of the trackers only the one in use is imported)
@@ -648,6 +654,7 @@ class Tracker:
         config = {name: value if isinstance(value, plain) else str(value) for name, value in config.items()}
         start = functools.partial(self.accelerator.init_trackers, run.args.tracker_project_name, config)
         try:
+            os.makedirs(folder, exist_ok=True)
             if self.name == "swanlab" and settings.mode == "online" and not (settings.api_key or can_ask()):
                 raise RuntimeError("it has no key, and cannot ask for one here")
             start({self.name: options})
@@ -821,6 +828,7 @@ def create_accelerator(args):
                 AutocastKwargs(cache_enabled=not args.gradient_checkpointing),
             ],
         )
+        torch.empty(0, device=accelerator.device)
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown device, or a precision that the device lacks
         stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
     problems = []
@@ -836,6 +844,8 @@ def create_accelerator(args):
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism is supported")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        problems.append("accelerate's configuration asks for dynamo: use --torch_compile instead")
     stop_if(problems)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -930,11 +940,9 @@ def load_base(loader, args, **kwargs):
 
 
 def load_tokenizer(args):
-    """Return the base model's tokenizer. If files are missing, it loads nevertheless, with no vocabulary."""
+    """Return the base model's tokenizer."""
     tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
-    if len(tokenizer) < 256 or tokenizer.model_max_length > 10**6:
-        name = args.pretrained_model_name_or_path
-        stop_if([f"--pretrained_model_name_or_path {name}: its tokenizer lacks its vocabulary or its settings"])
+    infer.check_tokenizer(tokenizer, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}")
     return tokenizer
 
 
@@ -1102,6 +1110,8 @@ def restore(run, saved):
         run.micro_batch_size = saved.micro_batch_size
     run.step, run.checkpoints.last_step, run.progress.loss = saved.step, saved.step, saved.loss
     run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
+    if run.stream.encoded and saved.encoding not in (None, "", run.stream.encoded.name):
+        run.accelerator.print("warning: pictures and captions are encoded anew: their encoders are not those so far")
 
 
 def clear_output(run):
@@ -1358,14 +1368,19 @@ class Encoded:
         def encode_texts(numbers):
             return frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()
 
+        batch = max(1, min(4, 4 * 512**2 // args.resolution**2))  # large pictures take no more memory than those
         locked = functools.partial(sd_config.lock, folder, folder, wait=True)  # another run may be making the same
-        with accelerator.local_main_process_first(), exit_on(BadRow, OSError), locked():
-            for path in folder.glob("tmp*"):  # of a run that was killed
-                path.unlink()
-            if list(folder.glob("*.arrow")):
+        with accelerator.local_main_process_first(), exit_on(sd_config.ReportedError), locked():
+            if damage := sd_config.find_damage(folder, holds="captions.arrow"):  # there is nothing, or half of it
+                for path in (*folder.glob("*.arrow"), *folder.glob("tmp*")):
+                    path.unlink()
+            else:
                 accelerator.print(f"Encoded pictures and captions: found in {folder}")
-            pictures = map_once(encode_views, len(rows.kept), 4, folder / "pictures.arrow", "Encoding pictures")
-            captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
+            with sd_config.reported(f"the encodings in {folder}", plan.encoded_bytes, folder):
+                pictures = map_once(encode_views, len(rows.kept), batch, folder / "pictures.arrow", "Encoding pictures")
+                captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
+                if damage:
+                    sd_config.write_manifest(folder)
         self.pictures = pictures.with_format("torch")  # per row: its picture and, with --random_flip, the mirror image
         self.captions = captions.with_format("torch")  # in the order of Rows.texts
 

@@ -206,14 +206,26 @@ CASES = {
             "ACCELERATE_MIXED_PRECISION": "accelerate's configuration asks for ",
         }.items()
     },
+    "accelerate's own compilation": early(
+        lambda lab: lab.patch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager") or "",
+        "accelerate's configuration asks for dynamo",
+    ),
     # Models, from their small files
     "unet's configuration broken": model(EARLY, CONFIG, text(BROKEN), UNLOADABLE),
     "unet's configuration impossible": model(EARLY, CONFIG, change(7, "norm_num_groups"), f"{IN_MODEL}7"),
-    "class that is not there": model(LOADING, INDEX, change(["diffusers", "NoVAE"], "vae"), f"{IN_MODEL}NoVAE"),
-    "library that is not there": model(LOADING, INDEX, change(["nowhere", "VAE"], "vae"), f"{IN_MODEL}nowhere"),
-    "wrong kind of unet": model(LOADING, INDEX, change(["diffusers", "AutoencoderKL"], "unet"), UNLOADABLE),
+    "class that is not there": model(EARLY, INDEX, change(["diffusers", "NoVAE"], "vae"), f"{IN_MODEL}NoVAE"),
+    "library that is not there": model(
+        LOADING, INDEX, change(["nowhere", "AutoencoderKL"], "vae"), f"{IN_MODEL}nowhere"
+    ),
+    "wrong kind of unet": model(
+        EARLY, INDEX, change(["diffusers", "AutoencoderKL"], "unet"), f"{IN_MODEL}and must be a UNet2DConditionModel"
+    ),
+    **{
+        f"unet with another {name}": model(EARLY, CONFIG, change(value, name), f"{IN_MODEL}its UNet does not take")
+        for name, value in {"in_channels": 9, "num_class_embeds": 3, "cross_attention_dim": 64}.items()
+    },
     "text encoder's configuration broken": model(LOADING, "text_encoder/config.json", text(BROKEN), UNLOADABLE),
-    "unet with code of its own": model(LOADING, "unet", own_code, f"{IN_MODEL}own_code"),
+    "unet with code of its own": model(EARLY, "unet", own_code, f"{IN_MODEL}own_code"),
     "variant that is not there": Case(LOADING, lambda lab: "--variant=bf8", (f"{MODEL} … bf8",)),
     "model that is not in the cache": early(
         lambda lab: f"{MODEL}=owner/name", f"{MODEL} owner/name: … or give a local folder"
@@ -235,7 +247,7 @@ CASES = {
     # Models, from their weights
     "no weights in the text encoder": model(LOADING, TEXT_ENCODER, remove, f"{IN_MODEL}text_encoder"),
     "unet's weights truncated": model(LOADING, UNET, truncate, UNLOADABLE),
-    "unet's weights of other shapes": model(LOADING, CONFIG, change(64, "cross_attention_dim"), UNLOADABLE),
+    "unet's weights of other shapes": model(LOADING, CONFIG, change(48, "block_out_channels", 0), UNLOADABLE),
     "a tensor of the unet missing": model(
         LOADING, UNET, without_a_tensor, f"{IN_MODEL}unet has 439 of its 440 tensors"
     ),

@@ -52,6 +52,7 @@ DEFAULTS = {
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 RESUME = "--resume_from_checkpoint"
 BASE, HUB = "--pretrained_model_name_or_path", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+FOUND = argparse.Namespace(origin="a file")  # what is known of a package that is installed
 # What is in the folder of every test. The checkpoints are whole.
 FILES = """
     file empty/other.txt photos/portraits/metadata.jsonl blocked/logs drawn/samples mine/README.md mine/vae/keep.txt
@@ -65,7 +66,8 @@ def pipeline(folder):
     """Make a folder with the index and the subfolders of a pipeline."""
     for part in PARTS:
         (folder / part).mkdir(parents=True)
-    index = {part: ["library", "Class"] for part in PARTS}
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    index = {part: ["library", kinds.get(part, "Class")] for part in PARTS}
     index |= {"safety_checker": [None, None], "requires_safety_checker": True}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -295,6 +297,8 @@ REFUSED = [
     f"--cache_dir=a/{'火' * 86}/b | --cache_dir a/{'火' * 86}/b | names have at most 255 bytes",
     *(f"--dataset_name={name} | --dataset_name {name} | rename the folder" for name in ("na[1]me", "a::b")),
     "--output_dir=blocked | --output_dir blocked | logs in it is a file",
+    "--output_dir=new --cache_dir=new/.train_sd1-5_naruto | --output_dir new | mix with --cache_dir",
+    "--tracker_project_name=caf\udce9 | --tracker_project_name 'caf\\udce9' | is not UTF-8",
     "--output_dir=drawn | --output_dir drawn | no run wrote samples in it",
     *(f"--logging_dir={name} | --logging_dir {name} | must be a folder of its own inside" for name in LOGS),
     "--output_dir=run | --output_dir run | holds a run; add --resume_from_checkpoint latest",
@@ -374,14 +378,14 @@ def test_accepted_with_a_notice(accept, case):
     ],
 )
 def test_missing_package_is_named_with_its_remedy(refuse, monkeypatch, flags, package):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == package else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == package else FOUND)
     problem = only(refuse(*flags.split()))
     assert problem == f"{flags}: {package} is not installed: pip install {package}"
 
 
 @pytest.mark.parametrize("flag", ["--torch_compile", "--use_8bit_adam", "--low_memory"])
 def test_what_is_compiled_needs_a_compiler(accept, refuse, monkeypatch, tmp_path, flag):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: FOUND)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(refuse(flag)) == f"{flag}: needs a C++ compiler, such as g++; name another in the variable CXX"
     assert accept()[1] == []
@@ -397,6 +401,10 @@ def test_what_is_compiled_needs_a_compiler(accept, refuse, monkeypatch, tmp_path
         ("", "its model_index.json cannot be read: "),
         ("[]", "its model_index.json cannot be read: "),
         ('{"extra": ["library", "Class"]}', "has no folder extra"),
+        (
+            '{"vae": ["diffusers", "AutoencoderTiny"]}',
+            "its vae is a diffusers.AutoencoderTiny, and must be a AutoencoderKL",
+        ),
     ],
 )
 def test_index_that_does_not_fit_its_folder_is_refused(refuse, tmp_path, index, says):

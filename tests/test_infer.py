@@ -379,6 +379,21 @@ def test_a_picture_that_is_not_finite_is_never_saved(draw, assets, tmp_path, cap
     assert not Path("result.png").exists()
 
 
+def test_a_picture_that_cannot_be_written_replaces_none(draw, monkeypatch, capsys, tmp_path):
+    def save(image, file, **_):
+        file.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    Path("result.png").write_bytes(b"an earlier picture")
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(SystemExit) as end:
+        draw("--prompt", "a cat")
+    assert (end.value.code, Path("result.png").read_bytes()) == (1, b"an earlier picture")
+    assert "result.png cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [path.name for path in Path().glob("*.png")] == ["result.png"]
+
+
 def test_a_prompt_that_is_cut_is_noted(draw, monkeypatch, capsys):
     monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
     draw("--prompt", "a cat " * 40, "a dog", f"--negative_prompt={'bad ' * 80}")
@@ -392,7 +407,7 @@ def test_a_prompt_that_is_cut_is_noted(draw, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--num_images=0", "--num_images 0: must be … at least 1"),
+        ("--num_images=0", "--num_images 0: must be … from 1 to 10000"),
         ("--seed=4294967296", "--seed 4294967296: must be … from 0 to 4294967295"),
         ("--num_inference_steps=0", "--num_inference_steps 0: must be … from 1 to 998"),
         ("--num_inference_steps=999", "--num_inference_steps 999: must be … from 1 to 998"),
@@ -411,9 +426,10 @@ def test_a_prompt_that_is_cut_is_noted(draw, monkeypatch, capsys):
         ("--output=file/result.png", "--output file/result.png: is a folder, or a folder in its path is a file"),
         ("--output=", "--output : must end in .png"),
         ("--output= --num_images=2", "--output : must end in .png"),
-        (f"--output={'a' * 252}.png", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 252}.png", "--output aaa … at most 255 bytes"),
         (f"--output={'a' * 250}.png --num_images=2", "--output aaa … longer than 255 bytes"),
-        (f"--output={'a' * 256}/a.png", "--output aaa … longer than 255 bytes"),
+        (f"--output={'a' * 256}/a.png", "--output aaa … at most 255 bytes"),
+        ("--prompt=caf\udce9", "--prompt … is not UTF-8"),
         ("--model_path=./nope", "--model_path ./nope: no such folder"),
         ("--model_path=/nope", "--model_path /nope: no such folder"),
         ("--model_path=nope", "--model_path nope: no such folder"),
@@ -435,12 +451,15 @@ def test_refused_before_anything_is_loaded(refuse, assets, flags, says):
         *((f"--device={name}", f"--device {name}: not usable here") for name in ("bogus", "cuda:9", "", "hpu", "meta")),
         ("--model_path=owner/name", "--model_path owner/name: … check name and network, or give a local folder"),
         ("--model_path=cut-short", "--model_path cut-short: cannot be loaded (check the folder): "),
+        ("--model_path=no-words", "--model_path no-words: its tokenizer lacks its vocabulary"),
     ],
 )
 def test_refused_while_loading(refuse, assets, flags, says):
     Path("sd-naruto-model").symlink_to(assets[0])
     file = Path(shutil.copytree(assets[0], "cut-short"), "text_encoder/model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
+    for file in Path(shutil.copytree(assets[0], "no-words"), "tokenizer").glob("[vmt][oe][cr][ag]*"):
+        file.unlink()
     assert_says(only(refuse("--device=cpu", *flags.split(), load=True)), says)
 
 

@@ -17,6 +17,7 @@ FLAGS = ("--max_train_steps=4", "--checkpointing_steps=2", "--train_batch_size=2
 PICTURES = ("--validation_epochs=1", "--validation_prompts=a cat")
 OVERWRITE = "--overwrite_output_dir"
 RESUME = "--resume_from_checkpoint"
+OWN = f"{sd_config.OWN}@"
 
 
 def snapshot(folder):
@@ -73,13 +74,14 @@ STRANGERS = """samples/step-3/mine.txt samples/step-3/mine.png checkpoint-500/mo
     unet/x image_encoder/x"""
 
 
-@pytest.mark.parametrize("name", [*STRANGERS.split(), "unet@", "samples@", "checkpoint-2@", "samples/step-4@"])
+@pytest.mark.parametrize("name", [*STRANGERS.split(), "unet@", "samples@", "checkpoint-2@", "samples/step-4@", OWN])
 @pytest.mark.parametrize("flag", [None, OVERWRITE])
 def test_files_of_no_run_stop_a_run_that_needs_their_place(refused, tmp_path, name, flag):
     """Not even an empty folder of a checkpoint's name makes them a run's."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run/checkpoint-7").mkdir(parents=True)
     path = make(tmp_path / "run", name)
+    (tmp_path / "elsewhere/mine.txt").touch()
     before = snapshot(tmp_path)
     assert f"no run wrote {path.relative_to(tmp_path / 'run')} in it" in refused(*filter(None, [flag]))
     assert snapshot(tmp_path) == before
@@ -98,8 +100,8 @@ def test_files_among_a_runs_own_stop_a_run_that_would_delete_them(refused, outpu
 def test_nothing_else_is_touched(train, output):
     """Neither by a start, which clears away what was left unfinished, nor by starting over."""
     names = """.mybest-checkpoint-500/x .notes-on-checkpoint-500.txt .checkpoint-2/x samples/mine.txt samples/grid.png
-        encoded-mine/x checkpoint-best/x checkpoint-0/x checkpoint-0500/x samples/step-0/x
-        mine/unet/x logs/mine.txt manifest.json .lock"""
+        encoded-mine/x encoded-0123456789abcdef/mine.txt checkpoint-best/x checkpoint-0/x checkpoint-0500/x
+        samples/step-0/x mine/unet/x logs/mine.txt manifest.json .lock"""
     mine = [make(output, name) for name in names.split()]
     unfinished = make(output / sd_config.OWN, "checkpoint-500/unet/x")
     before = {path: path.read_bytes() for path in mine}
@@ -110,8 +112,39 @@ def test_nothing_else_is_touched(train, output):
     assert {path: path.read_bytes() for path in mine} == before
     assert [path.name for path in sd_config.checkpoints(output)] == ["checkpoint-2"]
     assert [path.name for path in output.glob("samples/step-*")] == ["step-0"]
-    assert [path.name for path in output.glob("encoded-*")] == ["encoded-mine"]
+    assert sorted(path.name for path in output.glob("encoded-*")) == ["encoded-0123456789abcdef", "encoded-mine"]
     assert not litter(output)
+
+
+def test_files_of_no_run_in_the_programs_own_folder_stay(train, output):
+    mine = make(output / sd_config.OWN, "mine.txt")
+    train(*FLAGS, OVERWRITE, "--max_train_steps=1")
+    assert mine.exists()
+
+
+def test_a_checkpoint_that_was_renamed_is_skipped(train, output, capsys):
+    (output / "checkpoint-4").rename(output / "checkpoint-9")
+    train(*FLAGS, f"{RESUME}=latest", "--max_train_steps=10", output="run")
+    printed = capsys.readouterr()
+    assert "checkpoint-9: skipped, not a whole checkpoint: it holds step 4, so its name was changed" in printed.err
+    assert "checkpoint-2: step 2 of 10" in printed.out
+
+
+def test_an_export_that_cannot_take_its_place_waits(train, output, monkeypatch, capsys):
+    replace = Path.replace
+
+    def refuse(path, target):
+        if path.name == "vae":
+            raise PermissionError(13, "Permission denied")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(SystemExit) as end:
+        train(*FLAGS, f"{RESUME}=latest", "--max_train_steps=5")
+    assert end.value.code == 1
+    assert f"Permission denied; what is not in {output} yet waits in " in capsys.readouterr().err
+    assert (output / sd_config.OWN / "export/model_index.json").exists()
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("older", [False, True])

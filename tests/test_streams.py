@@ -31,8 +31,9 @@ def command(assets, tmp_path):
     [
         ({"PYTHONIOENCODING": "gbk"}, "{} 2>&1 | head -n 3; exit ${{PIPESTATUS[0]}}"),  # the tracker prints a rocket
         ({"PYTHONIOENCODING": "ascii"}, "{} --report_to=none --output_dir=run/火影 > /dev/full 2>&1"),
+        ({}, "{} --report_to=none <&- >&- 2>&-"),
     ],
-    ids=["a reader that leaves", "a full disk"],
+    ids=["a reader that leaves", "a full disk", "all are closed"],
 )
 def test_a_dead_stream_stops_nothing(command, tmp_path, environment, shell):
     process = ["bash", "-c", shell.format(command)]
@@ -135,3 +136,27 @@ def test_only_copies_from_cuda_are_not_waited_for():
 
     trainer.copied_to_host({"weight": OnAnotherDevice(3)})
     assert OnAnotherDevice.asked == [False]
+
+
+def test_a_signal_during_the_last_save_leaves_the_export_to_the_next_run(train, monkeypatch, tmp_path):
+    def interrupt(folder):
+        if folder.name == "checkpoint-2":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    faults.plant(monkeypatch.setattr, while_saving=interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            train(*FLAGS, "--max_train_steps=2")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 128 + signal.SIGINT
+    assert sd_config.find_damage(tmp_path / "run/checkpoint-2") is None
+    assert not (tmp_path / "run/model_index.json").exists()
+
+
+def test_a_folder_of_logs_that_cannot_be_made_stops_nothing(train, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").symlink_to(tmp_path / "nowhere/at/all")
+    assert list(train(*FLAGS, "--report_to=tensorboard", "--max_train_steps=1").logs) == [1]
+    assert "warning: tensorboard cannot start: " in capsys.readouterr().out

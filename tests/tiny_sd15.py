@@ -11,6 +11,7 @@ import argparse
 import gzip
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 MODEL, PHOTOS = "stable-diffusion-v1-5", "photos"
@@ -94,16 +95,20 @@ def build_model(folder, *, full=False, seed=0, merges=MERGES):
 
 
 def write_as_sd15(folder, merges=MERGES):
-    """Write two things of a pipeline as SD1.5 has them, and transformers 4 reads them, but today's libraries do not.
+    """Write some things of a pipeline as SD1.5 has them, and transformers 4 reads them, but today's libraries do not.
 
-    They are the tokenizer's files (see `write_tokenizer`), and the names of the text encoder's weights.
+    They are the tokenizer's files (see `write_tokenizer`), and names of weights.
     """
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
     write_tokenizer(folder / "tokenizer", merges)
-    file = folder / "text_encoder/model.safetensors"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    for part, old, new in (
+        ("text_encoder", r"^(text_model\.)?", "text_model."),
+        ("safety_checker", r"^(vision_model\.)+", "vision_model.vision_model."),
+    ):
+        if (file := folder / part / "model.safetensors").exists():
+            tensors = {re.sub(old, new, name): value for name, value in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
 
 
 def noise_scheduler():
