@@ -158,7 +158,7 @@ def test_flags_of_speed_and_memory(train, train_once, monkeypatch):
 def test_flag_enable_xformers_memory_efficient_attention(train, monkeypatch):
     """It is enabled before the first step, and not only by the first validation."""
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    sys.modules["xformers"].__spec__ = types.SimpleNamespace()
+    sys.modules["xformers"].__spec__ = types.SimpleNamespace(origin="a file")
     events = []
     monkeypatch.setattr(
         UNet2DConditionModel, "enable_xformers_memory_efficient_attention", lambda self: events.append("enabled")
@@ -247,7 +247,7 @@ def test_flags_of_the_tracker(train, monkeypatch, name, file):
 def fake_wandb():
     """As much of wandb as the trainer calls. The real one would need an account or a server."""
     module, run = types.ModuleType("wandb"), types.SimpleNamespace(logged=[], finish=lambda: None)
-    module.__spec__ = types.SimpleNamespace()
+    module.__spec__ = types.SimpleNamespace(origin="a file")
     run.log = lambda values, step=None, **kwargs: run.logged.append((values, step))
     module.init = lambda **kwargs: vars(module).update(started=kwargs) or run
     module.config = types.SimpleNamespace(update=lambda *args, **kwargs: None)
