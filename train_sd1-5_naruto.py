@@ -509,58 +509,6 @@ class Optimizer:
         return {"lr": rate, "skipped": float(self.loss_scale < before)}
 
 
-class Average:
-    """The exponential moving average (EMA) of the weights, float32: on the device, or on the host, in a thread.
-
-    The decay of update n is min(0.9999, n / (9 + n)), as in diffusers' `EMAModel`, which passes over memory twice and
-    needs extra memory of the average's own size. The first update has decay 0: the average becomes the weights.
-    """
-
-    def __init__(self, unet, device, on_host):
-        self.on_host, self.updates = on_host, 0
-        self.weights = [weight.detach().to("cpu" if on_host else device, copy=True) for weight in unet.parameters()]
-        self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
-        self.stream = torch.cuda.Stream() if on_host and device.type == "cuda" else None  # copies beside the training
-
-    @torch.no_grad()
-    def update(self, weights):
-        """Move the average towards the weights, a list of tensors on the run's device."""
-        self.updates += 1
-        decay = min(0.9999, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
-        if not self.on_host:
-            get_ema_multi_avg_fn(decay)(self.weights, weights, None)
-            return
-        averages = self.settled_weights()
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            copies = [copied_to_host(weight) for weight in weights]
-        self.pending = self.executor.submit(self.update_on_host, averages, copies, 1 - decay)
-
-    def release_weights(self):
-        """Have the device change no weights before they are copied to the host."""
-        if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
-
-    @torch.no_grad()  # that of `update` does not hold in another thread
-    def update_on_host(self, averages, weights, move):
-        """Move the averages towards copies of the weights by the fraction `move`, once these have arrived."""
-        if self.stream:
-            self.stream.synchronize()
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight.float(), move)
-
-    def settled_weights(self):
-        """Return the averaged weights as a list, once the thread is done with them."""
-        if self.pending:
-            self.pending.result()
-        return self.weights
-
-    def by_name(self, unet):
-        """Return the averaged weights by the names that `unet` gives them."""
-        return dict(zip(dict(unet.named_parameters()), self.settled_weights(), strict=True))
-
-
 # -- What a run reports: progress and tracker ----------------------------------------------------------------
 
 
@@ -1088,6 +1036,61 @@ def pack(tensors, size):
         lists[place].append(tensor)
         room[place] -= tensor.numel()
     return lists
+
+
+class Average:
+    """The exponential moving average (EMA) of the weights, float32: on the device, or on the host, in a thread.
+
+    The decay of update n is min(0.9999, n / (9 + n)), as in diffusers' `EMAModel`, which passes over memory twice and
+    needs extra memory of the average's own size. The first update has decay 0: the average becomes the weights.
+    """
+
+    def __init__(self, unet, device, on_host):
+        self.on_host, self.updates = on_host, 0
+        self.weights = [weight.detach().to("cpu" if on_host else device, copy=True) for weight in unet.parameters()]
+        self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
+        aside = on_host and device.type == "cuda"  # the weights are copied to the host beside the training
+        self.stream, self.copied = (torch.cuda.Stream(), torch.cuda.Event()) if aside else (None, None)
+
+    @torch.no_grad()
+    def update(self, weights):
+        """Move the average towards the weights, a list of tensors on the run's device."""
+        self.updates += 1
+        decay = min(0.9999, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
+        if not self.on_host:
+            get_ema_multi_avg_fn(decay)(self.weights, weights, None)
+            return
+        averages = self.settled_weights()
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            copies = [copied_to_host(weight) for weight in weights]
+            if self.copied:
+                self.copied.record()
+        self.pending = self.executor.submit(self.update_on_host, averages, copies, 1 - decay)
+
+    def release_weights(self):
+        """Have the device change no weights before they are copied to the host."""
+        if self.stream:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    @torch.no_grad()  # that of `update` does not hold in another thread
+    def update_on_host(self, averages, weights, move):
+        """Move the averages towards copies of the weights by the fraction `move`, once these have arrived."""
+        if self.copied:
+            self.copied.synchronize()
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight.float(), move)
+
+    def settled_weights(self):
+        """Return the averaged weights as a list, once the thread is done with them."""
+        if self.pending:
+            self.pending.result()
+        return self.weights
+
+    def by_name(self, unet):
+        """Return the averaged weights by the names that `unet` gives them."""
+        return dict(zip(dict(unet.named_parameters()), self.settled_weights(), strict=True))
 
 
 def restore(run, saved):

@@ -12,6 +12,9 @@ step, so that no script needs a change. (The tutorial's does, for another reason
 median counts. Model and pictures are built here: random weights in Stable Diffusion 1.5's configuration, and
 photograph-like JPEGs; on a CPU small ones of both, of which only ratios mean anything. To build the model takes the
 package open_clip_torch (CLIP's vocabulary), --match takes tensorboard, and mode E torchao.
+
+`python tests/cuda_stand_in.py tests/benchmarks/benchmark.py` runs it all on a device that computes nothing: it tells
+the memory, and how many pictures per second the host could feed to a GPU that takes no time.
 """
 
 import argparse
@@ -78,12 +81,20 @@ MODES = [
         for flags in [(f"{EXAMPLE} 8 --mixed_precision bf16", f"{EXAMPLE} 1")]
     ),
     Mode("T", "ours, the tutorial's flags", "ours", 4, TUTORIAL),
-    Mode("M", "ours, the same in the largest micro-batch", "ours", 4, f"{TUTORIAL} --micro_batch_size auto"),
+    Mode("M", "ours, the same one by one", "ours", 4, f"{TUTORIAL} --micro_batch_size 1"),
+    Mode("O", "ours, the tutorial's, EMA on the host", "ours", 4, f"{TUTORIAL} --offload_ema"),
+    Mode("O1", "ours, the same one by one", "ours", 4, f"{TUTORIAL} --offload_ema --micro_batch_size 1"),
+    Mode("K", "ours, bf16 with checkpointing", "ours", 4, f"{TUTORIAL} --mixed_precision bf16"),
+    Mode("K1", "ours, the same one by one", "ours", 4, f"{TUTORIAL} --mixed_precision bf16 --micro_batch_size 1"),
+    Mode("S", "ours, 8-bit moments", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16"),
+    Mode("S1", "ours, one by one", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16 --micro_batch_size 1"),
+    Mode("F", "ours, fast but not compiled", "ours", 4, f"{FAST} --mixed_precision bf16", FAST),
     *(
         Mode(name, "ours, the fast recipe", "ours", batch, f"{FAST} --mixed_precision bf16 --torch_compile", FAST)
         for name, batch in (("C", 4), ("D32", 32), ("D64", 64))
     ),
-    Mode("E", "ours, low memory", "ours", 4, f"{ONE_BY_ONE} --low_memory --mixed_precision bf16"),
+    Mode("E", "ours, low memory", "ours", 4, f"{ONE_BY_ONE} --low_memory"),
+    Mode("E1", "ours, low memory, one by one", "ours", 4, f"{ONE_BY_ONE} --low_memory --micro_batch_size 1"),
     Mode("P", "ours, plain bf16", "ours", 4, f"{AT_ONCE} --mixed_precision bf16 --cache_latents off"),
 ]
 
@@ -396,6 +407,7 @@ def summarise(report, batch, countable):
         "gpu_reserved_gib": [size / 2**30 for size in report["gpu_reserved_bytes"]],
         "rss_gib": report["rss_bytes"] / 2**30,
         "host_milliseconds": statistics.median(report["host_milliseconds"][2:]),
+        "launches_per_step": report["launches"] / steps,  # counted on the stand-in for CUDA only
         "processor_milliseconds": 1000 * (edges[-1][2] - edges[0][2]) / steps,
         "seconds_to_first_step": report["seconds_to_first_step"],
         "compile_seconds": max(0, report["seconds_of_first_steps"] - report["first_steps"] * batch / rate),
@@ -465,7 +477,7 @@ def print_results(results):
 
 def print_speed(rows):
     """Print the table of all modes, with ratios to the first one and to the best example script of the same batch."""
-    first, table = rows[0], []
+    first, table, stand_in = rows[0], [], "Stand-in" in rows[0]["report"]["device"]
     for row in rows:
         rate = row["images_per_second"]
         rivals = [r["images_per_second"] for r in rows if r["mode"][0] == "B" and r["batch"] == row["batch"]]
@@ -484,6 +496,7 @@ def print_speed(rows):
             "first s": f"{row['seconds_to_first_step']:.1f}",
             "compile s": f"{row['compile_seconds']:.1f}",
             "steps": str(row["steps"]),
+            **({"launches": f"{row['launches_per_step']:.0f}", "kernels": "take no time"} if stand_in else {}),
         })  # fmt: skip
     print(f"\nOn {first['report']['device']}. MFU: of {PEAKS[0]} and {PEAKS[1]} TFLOP/s. GPU: allocated and reserved.")
     print_table(list(table[0]), [list(row.values()) for row in table])

@@ -20,7 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import cuda_stand_in
 
 FIRST = 5  # steps in which whatever happens once (compilation, autotuning, capturing graphs) is taken to happen
 KILO = 1024 if sys.platform != "darwin" else 1  # bytes in the unit of ru_maxrss
@@ -31,7 +35,9 @@ def main():
     settings, script = json.loads(sys.argv[1]), sys.argv[2]
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(script).parent)
-    register_optimizer_step_post_hook(KINDS[settings["kind"]](settings))
+    meter = KINDS[settings["kind"]](settings)
+    register_optimizer_step_pre_hook(meter.enter)
+    register_optimizer_step_post_hook(meter)
     runpy.run_path(script, run_name="__main__")
     sys.exit("The script ended before everything was measured.")
 
@@ -45,10 +51,18 @@ class Meter:
 
     def __init__(self, settings):
         self.settings, self.issued, self.edges, self.loop = settings, [], [], time.perf_counter()
+        self.depth = 0
         note_loaders(self)
+
+    def enter(self, _optimizer, _args, _kwargs):
+        """Be told that an optimizer begins a step, perhaps as part of another one's."""
+        self.depth += 1
 
     def __call__(self, _optimizer, _args, _kwargs):
         """Be told that an optimizer step has been issued: for a device, not that it has been done."""
+        self.depth -= 1
+        if self.depth:
+            return
         self.issued.append(time.perf_counter())
         if self.is_edge():
             if torch.cuda.is_available():
@@ -99,7 +113,7 @@ class Speed(Meter):
 
     def at_edge(self):
         if len(self.edges) == 3:  # the warm-up is over
-            self.before = gpu_memory()
+            self.before, self.launched = gpu_memory(), launches()
         if len(self.edges) == 3 + self.settings["windows"]:
             since = gpu_memory()
             self.finish(
@@ -107,6 +121,7 @@ class Speed(Meter):
                 first_steps=FIRST,
                 gpu_allocated_bytes=[max(self.before[0], since[0]), since[0]] if since else [],
                 gpu_reserved_bytes=[max(self.before[1], since[1]), since[1]] if since else [],
+                launches=launches() - self.launched,  # since the warm-up
             )
 
 
@@ -117,6 +132,13 @@ def gpu_memory():
     peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
     torch.cuda.reset_peak_memory_stats()
     return peaks
+
+
+def launches():
+    """Return how many kernels the stand-in for CUDA was asked to launch; 0 on any other device."""
+    if cuda_stand_in.LIBRARY not in os.environ.get("LD_PRELOAD", ""):
+        return 0
+    return cuda_stand_in.counts()["launches"]
 
 
 class Stall(Meter):

@@ -1,23 +1,25 @@
-"""A CUDA device that computes nothing, for tests of what happens on a GPU where there is none.
+"""A CUDA device that computes nothing, for what happens on a GPU where there is none.
 
-    environment = cuda_stand_in.build(folder)
-    subprocess.run([sys.executable, ...], env=os.environ | environment)
+    python tests/cuda_stand_in.py train_sd1-5_naruto.py ...    # builds it (5 seconds), and runs a script on it
 
-PyTorch itself is the real one, so this tells whether the trainer's CUDA paths run: placement, dtypes, peak memory,
-what happens when memory runs out, where the host waits for the device, how long the host takes for a step. It cannot
-tell values (all read as 0), the time of kernels, cuDNN's workspaces (counted as 0), or the 0.5 GiB of a real context.
+PyTorch is the real one, so this tells whether the CUDA paths run: placement, dtypes, peak memory, what happens when
+memory runs out, where the host waits for the device, how long the host takes for a step. It cannot tell values (all
+read as 0), the time of kernels, cuDNN's workspaces (counted as 0), or the 0.5 GiB of a real context.
 """
 
 import ctypes
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent / "cuda_device"
 LIBRARY, DRIVER = "libcuda_stand_in.so", "libcuda.so.1"
 
 
@@ -36,15 +38,15 @@ def build(folder):
     packages = Path(torch.__file__).parent.parent
     triton = Path(importlib.util.find_spec("triton").origin).parent  # has what NVIDIA's package of the headers lacks
     headers = [f"-I{packages / 'nvidia/cu13/include'}", f"-I{triton / 'backends/nvidia/include'}"]
-    shared = ["-O1", "-fPIC", "-shared"]
-    functions = folder / "functions.o"
-    run = lambda *command: subprocess.run([*map(str, command)], check=True)  # noqa: E731
-    run("gcc", "-O1", "-fPIC", "-w", "-c", HERE / "functions.c", "-o", functions)
-    run("g++", "-std=c++17", *shared, *headers, HERE / "device.cpp", functions, "-o", folder / LIBRARY)
-    linked = f"-Wl,-soname,{DRIVER},--no-as-needed", f"-L{folder}", f"-l:{LIBRARY}"
-    run("gcc", *shared, *linked, "-o", folder / DRIVER)
+    functions, library = folder / "functions.o", folder / LIBRARY
+    for command in (
+        ["gcc", "-w", "-c", SOURCES / "functions.c", "-o", functions],
+        ["g++", "-std=c++17", "-shared", *headers, SOURCES / "device.cpp", functions, "-o", library],
+        ["gcc", "-shared", f"-Wl,-soname,{DRIVER},--no-as-needed", library, "-o", folder / DRIVER],
+    ):
+        subprocess.run([*map(str, command), "-O1", "-fPIC"], check=True)
     paths = {name: str(folder) for name in ("TRITON_LIBCUDA_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH")}
-    return paths | {"LD_PRELOAD": str(folder / LIBRARY), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return paths | {"LD_PRELOAD": str(library), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def reset(total_bytes):
@@ -58,3 +60,9 @@ def counts():
     library.stand_in_counts.restype = ctypes.c_char_p
     lines = library.stand_in_counts().decode().splitlines()
     return {name: int(number) for name, number in (line.split("\t") for line in lines)}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as target:
+        environment = os.environ | build(Path(target))
+        sys.exit(subprocess.run([sys.executable, *sys.argv[1:]], env=environment, check=False).returncode)

@@ -8,13 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
-void stand_in_count(const char* name);
+void stand_in_launch();
 static _Atomic uintptr_t handles = 0x1000;
 
 #define NOTHING(name) \
     int name() { return 0; }
-#define COUNTED(name) \
-    int name() { return stand_in_count(#name), 0; }
+#define LAUNCHES(name) \
+    int name() { return stand_in_launch(), 0; }
 #define GIVES(value, name) \
     int name(int* first) { return *first = value, 0; }
 #define SECOND_IS_ZERO(name) \
@@ -39,9 +39,10 @@ int cudaGetSymbolAddress(const void** pointer, const void* symbol) { return *poi
 int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* data) { return function(data), 0; }
 const char* cudaGetErrorName() { return "cudaErrorOfTheStandIn"; }
 
-// The binaries of kernels, and how the compiler calls them
+// The binaries of kernels, and how they are called
+LAUNCHES(cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC) LAUNCHES(__cudaLaunchKernel)
 NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd) NOTHING(__cudaUnregisterFatBinary)
-NOTHING(__cudaRegisterVar) NOTHING(__cudaInitModule)
+NOTHING(__cudaRegisterVar) NOTHING(__cudaRegisterFunction) NOTHING(__cudaInitModule)
 void** __cudaRegisterFatBinary() {
     static void* handle;
     return &handle;
@@ -56,7 +57,7 @@ int __cudaGetKernel(const void** kernel, const void* stub) { return *kernel = st
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuDevicePrimaryCtxRetain)
 NOTHING(cuDevicePrimaryCtxRelease) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuModuleUnload)
 NOTHING(cuTensorMapEncodeTiled) NOTHING(cuStreamSynchronize) NOTHING(cuGetProcAddress_v2)
-COUNTED(cuLaunchKernel) COUNTED(cuLaunchKernelEx) COUNTED(cuLaunchCooperativeKernel)
+LAUNCHES(cuLaunchKernel) LAUNCHES(cuLaunchKernelEx) LAUNCHES(cuLaunchCooperativeKernel)
 GIVES(13000, cuDriverGetVersion) GIVES(0, cuCtxGetDevice) GIVES(0, cuDeviceGet) GIVES(1, cuDeviceGetCount)
 GIVES(8 << 20, cuCtxGetLimit) GIVES(2, cuOccupancyMaxActiveBlocksPerMultiprocessor)
 GIVES(2, cuOccupancyMaxActiveClusters)
@@ -72,9 +73,11 @@ int cuFuncGetAttribute(int* value, int attribute) {  // the most threads in a bl
 int cuPointerGetAttribute(void** data, int attribute, void* pointer) { return *data = pointer, 0; }
 int cuGetErrorString(int error, const char** text) { return *text = "an error of the stand-in", 0; }
 
-void* stand_in_function(const char* name) {
-    void* function = dlsym(RTLD_DEFAULT, name);
-    return function ? function : (void*)cuInit;
+int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, uint64_t flags, int* found) {
+    *function = dlsym(RTLD_DEFAULT, name);
+    if (!*function) *function = (void*)cuInit;
+    if (found) *found = 0;
+    return 0;
 }
 
 // cuBLAS
@@ -86,9 +89,9 @@ NOTHING(cublasLtMatmulDescSetAttribute) NOTHING(cublasLtMatmulPreferenceDestroy)
 NOTHING(cublasLtMatmulPreferenceSetAttribute) NOTHING(cublasLtMatrixLayoutDestroy)
 NOTHING(cublasLtMatrixLayoutSetAttribute)
 SECOND_IS_ZERO(cublasGetMathMode) SECOND_IS_ZERO(cublasGetPointerMode_v2)
-COUNTED(cublasSgemm_v2) COUNTED(cublasGemmEx) COUNTED(cublasSgemmEx) COUNTED(cublasGemmStridedBatchedEx)
-COUNTED(cublasSgemmStridedBatched) COUNTED(cublasSgemv_v2) COUNTED(cublasSdot_v2) COUNTED(cublasDotEx)
-COUNTED(cublasLtMatmul)
+LAUNCHES(cublasSgemm_v2) LAUNCHES(cublasGemmEx) LAUNCHES(cublasSgemmEx) LAUNCHES(cublasGemmStridedBatchedEx)
+LAUNCHES(cublasSgemmStridedBatched) LAUNCHES(cublasSgemv_v2) LAUNCHES(cublasSdot_v2) LAUNCHES(cublasDotEx)
+LAUNCHES(cublasLtMatmul)
 int cublasLtMatmulAlgoGetHeuristic(void* handle, void* operation, void* a, void* b, void* c, void* d,
                                    void* preference, int wanted, void* results, int* found) {
     return *found = 1, 0;
@@ -97,7 +100,7 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, void* operation, void* a, void*
 // cuDNN, whose every plan needs no workspace
 CREATES(cudnnCreate) NOTHING(cudnnDestroy) NOTHING(cudnnSetStream)
 NOTHING(cudnnBackendInitialize) NOTHING(cudnnBackendFinalize) NOTHING(cudnnBackendSetAttribute)
-NOTHING(cudnnBackendDestroyDescriptor) COUNTED(cudnnBackendExecute)
+NOTHING(cudnnBackendDestroyDescriptor) LAUNCHES(cudnnBackendExecute)
 size_t cudnnGetVersion() { return 92400; }
 size_t cudnnGetCudartVersion() { return 13000; }
 const char* cudnnGetErrorString() { return "an error of the stand-in"; }
