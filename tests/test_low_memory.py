@@ -37,6 +37,43 @@ def test_the_precision_of_weights_moments_and_average(train):
     StableDiffusionPipeline.from_pretrained(run.output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_are_updated_as_torchao_updates_each_tensor(dtype):
+    """Bit by bit, for tensors of any memory format; and its moments, which older checkpoints have, are taken over."""
+    from torchao.optim import AdamW8bit  # noqa: PLC0415 (slow)
+
+    torch.manual_seed(0)
+    shapes = ((64, 64), (32, 16, 3, 3), (100, 256), (7,), (8, 8), (64, 64, 1, 1))
+    start = [torch.randn(shape).to(dtype if len(shape) > 1 and shape != (8, 8) else torch.float32) for shape in shapes]
+    start[1] = start[1].to(memory_format=torch.channels_last)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    mine, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    chunked, plain = trainer.EightBitAdamW(mine, settings, False), AdamW8bit(theirs, **settings)
+    assert sorted(len(tensors) for tensors, _ in chunked.chunks) == [1, 3]
+    for step in range(4):
+        if step == 2:
+            chunked.load_state_dict(plain.state_dict())
+        for one, other in zip(mine, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        chunked.step()
+        plain.step()
+        for one, other in zip(mine, theirs, strict=True):
+            exact = trainer.has_8bit_moments(one)  # others have torch's AdamW, which rounds differently
+            torch.testing.assert_close(one, other, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                moments = [state[name] for state in (chunked.state[one], plain.state[other])]
+                moments = [moment.dequantize() if hasattr(moment, "codes") else moment for moment in moments]
+                torch.testing.assert_close(*moments, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+
+
+def test_the_average_on_the_host_is_the_same(train):
+    flags = ("--use_ema", "--max_train_steps=3", "--train_batch_size=2")
+    runs = [train(*flags, *more, output=name) for name, more in (("device", ()), ("host", ("--offload_ema",)))]
+    assert runs[1].run.average.on_host
+    assert_same_state(*(run.output / "checkpoint-3" for run in runs))
+
+
 def test_resuming_is_bit_identical(train):
     """Weights are rounded at random, but the draws depend on seed and step alone."""
     whole = train(*FLAGS, output="whole")

@@ -87,7 +87,9 @@ MODES = [
     Mode("K", "ours, bf16 with checkpointing", "ours", 4, f"{TUTORIAL} --mixed_precision bf16"),
     Mode("K1", "ours, the same one by one", "ours", 4, f"{TUTORIAL} --mixed_precision bf16 --micro_batch_size 1"),
     Mode("S", "ours, 8-bit moments", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16"),
-    Mode("S1", "ours, one by one", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16 --micro_batch_size 1"),
+    Mode(
+        "S1", "ours, one by one", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16 --micro_batch_size 1"
+    ),
     Mode("F", "ours, fast but not compiled", "ours", 4, f"{FAST} --mixed_precision bf16", FAST),
     *(
         Mode(name, "ours, the fast recipe", "ours", batch, f"{FAST} --mixed_precision bf16 --torch_compile", FAST)
