@@ -37,6 +37,9 @@ TRAINING = """
     dream_training dream_detail_preservation mixed_precision allow_tf32 low_memory
 """.split()  # noqa: SIM905 (as one list of strings it would fill the page)
 FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in float32: an estimate before the download
+# Bytes that a step of SD1.5 takes besides weights, gradients, moments and EMA, by half precision and checkpointing,
+# with four samples of 512 x 512 at once, and hardly less with fewer: measured (tests/benchmarks/README.md).
+ACTIVATIONS = {(False, False): 0, (False, True): 1.1e9, (True, False): 3.5e9, (True, True): 0.7e9}
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
@@ -936,6 +939,10 @@ class Plan:
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
         self.memory = {"weights": each * parameters, "gradients": each * parameters, "optimizer state": moments}
         self.memory["EMA (host)" if args.offload_ema else "EMA"] = average
+        kind = args.mixed_precision in ("fp16", "bf16"), args.gradient_checkpointing
+        times = max(1, self.micro_batch_size / 4 * (args.resolution / 512) ** 2)
+        self.memory["activations"] = times * ACTIVATIONS[kind]
+        self.needed = sum(size for name, size in self.memory.items() if name != "EMA (host)")  # on the device
         self.checkpoint_bytes = each * parameters + moments + average
         base = Path(args.pretrained_model_name_or_path)
         frozen = sum(size_on_disk(base / part) for part in PARTS if part != "unet") if base.is_dir() else FROZEN_BYTES
@@ -1000,7 +1007,7 @@ class Plan:
             "micro-batches": f"{self.micro_batch_size}{', halved whenever memory runs out' * self.halves}",
             "steps": f"{self.max_steps} ({epoch} per epoch, {self.max_steps / epoch:.1f} epochs)",
             "learning rate": f"{self.learning_rate:g}",
-            "memory": f"{memory}; activations come on top",
+            "memory": memory,
             "encoding": encoding,
             "checkpoints": f"{saves}, {kept} of them kept: {sizes}",
             "export": gigabytes(self.export_bytes),

@@ -155,6 +155,9 @@ def check_plan(plan, saved, rows, settled, accelerator):
         problems, warnings = differences + problems, changes + warnings
     stop_if(problems)
     accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
+    if accelerator.device.type == "cuda":
+        free, needed = sd_config.gigabytes(torch.cuda.mem_get_info()[0]), sd_config.gigabytes(plan.needed)
+        accelerator.print(f"  GPU memory       {free} free; SD1.5 was measured to need about {needed} so")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
@@ -462,13 +465,11 @@ def micro_batch_loss(run, micro_batch):
 
 def clip_gradients(run):
     """Scale the gradients down to --max_grad_norm, if their global norm is above it. Return that norm: shape ()."""
-    limit = run.args.max_grad_norm
-    if not run.args.low_memory:
-        return run.accelerator.clip_grad_norm_(run.weights, limit)
-    # Sum in float32: the gradients are bf16, whose rounding would lose most of a long sum.
-    norms = [torch.linalg.vector_norm(weight.grad, dtype=torch.float32) for weight in run.weights]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(run.weights, limit, norm)
+    run.accelerator.unscale_gradients()  # fp16 only
+    gradients = [weight.grad for weight in run.weights]
+    # Sum in float32: gradients may be bf16, whose rounding would lose most of a long sum.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    torch._foreach_mul_(gradients, (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     return norm
 
 
@@ -489,7 +490,7 @@ class Optimizer:
         self.nonfinite = torch.zeros((), device=accelerator.device)  # 1 once something was not finite
         if self.fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
             adamw.found_inf = self.nonfinite
-        self.adamw = accelerator.prepare(adamw)
+        self.adamw = accelerator.prepare(adamw) if accelerator.scaler else adamw  # only the scaler needs what it adds
         self.loss_scale = None  # fp16 only
 
     def step(self, step, loss, gradient_norm):
