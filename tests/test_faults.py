@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 
-import accelerate
 import pytest
 import torch
 from accelerate.tracking import SwanLabTracker, TensorBoardTracker
@@ -431,11 +430,11 @@ def test_steps_that_overflow_are_skipped_and_stop_the_run_in_the_end(stopped, mo
         run = build(*args)
         runs.append(run)
         note(run)
-        adamw = run.optimizer.adamw
+        adamw = run.optimizer.adamw = run.accelerator.prepare(run.optimizer.adamw)
         run.accelerator.scaler = adamw.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         adamw.__setstate__({})  # as accelerate does for an optimizer with a scaler
         adamw.optimizer.__dict__.pop("found_inf", None)  # the scaler has its own
-        monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *args: torch.tensor(1.0))
+        monkeypatch.setattr(trainer, "clip_gradients", lambda run: torch.tensor(1.0))
         return run
 
     monkeypatch.setattr(trainer, "LEAST_LOSS_SCALE", 50)
