@@ -40,7 +40,7 @@ RECIPES = {
     "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 66.3),
     "smallest": (f"{FAITHFUL} --low_memory", 1, 56.1),
 }
-Seen = collections.namedtuple("Seen", "code printed counts peaks waits")
+Seen = collections.namedtuple("Seen", "code printed counts peaks waits early")
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,15 @@ def device(tmp_path_factory):
 def train(assets, output, *flags, gibibytes=8.0):
     """Train on a device of this size. Return the exit code, what was printed and counted, and what each step took.
 
-    The peaks (in 10^6 bytes) and waits of a step are those since the end of the one before.
+    The peaks (in 10^6 bytes) and waits of a step are those since the end of the one before; `early` are the tensors of
+    a checkpoint that were still on their way to the host when they were handed to be written.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()  # of the run before
     torch.cuda.empty_cache()
     cuda_stand_in.reset(int(gibibytes * 2**30))
-    code, printed, peaks, waits = 0, io.StringIO(), [], []
+    code, printed, peaks, waits, early, take = 0, io.StringIO(), [], [], [], trainer.snapshot
 
     def after_step(run):
         peaks.append(round(torch.cuda.max_memory_allocated() / 1e6, 1))
@@ -73,9 +74,15 @@ def train(assets, output, *flags, gibibytes=8.0):
         caught.clear()
         torch.cuda.reset_peak_memory_stats()
 
+    def snapshot(run, copied):
+        tensors = take(run, copied)
+        early.extend(name for name, tensor in tensors["unet"].items() if tensor.isnan().any())
+        return tensors
+
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: scaler._scale.item() + 2**16)
+        patch.setattr(trainer, "snapshot", snapshot)
         faults.plant(patch.setattr, after_step=after_step)
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
@@ -88,7 +95,7 @@ def train(assets, output, *flags, gibibytes=8.0):
             code = end.code
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return Seen(code, printed.getvalue(), cuda_stand_in.counts(), peaks, waits)
+    return Seen(code, printed.getvalue(), cuda_stand_in.counts(), peaks, waits, early)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -107,6 +114,7 @@ def test_a_recipe_trains_saves_draws_exports_and_goes_on(device, assets, tmp_pat
     assert (steps(tmp_path / "run"), len(more.peaks)) == ([4, 6], 2)
     assert (tmp_path / "run/samples/step-6/grid.png").exists()
     # What the host reads or changes before it has waited for a copy would be NaN, or counted.
+    assert (seen.early, more.early) == ([], [])
     assert "changed too early" not in seen.counts | more.counts
     for folder in ("checkpoint-4/unet", "checkpoint-4/unet_ema", "unet"):
         assert not any(tensor.isnan().any() for tensor in weights(tmp_path / "run" / folder).values())
