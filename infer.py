@@ -106,8 +106,8 @@ def resolve_output(args):
         yield "is a folder, or a folder in its path is a file"
     elif existing and count > 1:
         yield f"would overwrite {existing}; move them away, or choose another name"
-    elif not os.access(existing or sd_config.disk_of(output.parent), os.W_OK):
-        yield f"no permission to write {existing or sd_config.disk_of(output.parent)}"
+    elif not os.access(folder := sd_config.disk_of(output.parent), os.W_OK | os.X_OK):
+        yield f"no permission to write in {folder}"
 
 
 if __name__ == "__main__":
@@ -222,9 +222,8 @@ def restore_precision(pipeline, flag, variant=None):
         dtypes = stored_dtypes(part, variant) if part is not None else []
         expected = sum(tensor.is_floating_point() for tensor in part.state_dict().values()) if dtypes else 0
         if len(dtypes) < expected:
-            sd_config.stop(
-                f"{flag} {pipeline.config._name_or_path}: {name} has {len(dtypes)} of its {expected} tensors"
-            )
+            what = f"{name} has {len(dtypes)} of its {expected} tensors"
+            sd_config.stop(f"{flag} {pipeline.config._name_or_path}: {what}")
         if dtypes and name != "unet":
             part.to(dtypes[0])
 

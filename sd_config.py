@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -461,7 +462,7 @@ def pipeline_problems(flag, name):
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     for part, kind in kinds.items():
         if part in expected and not expected[part].endswith(f".{kind}"):
-            problems.append(f"{flag} {name}: its {part} is a {expected[part]}, and must be a {kind}")
+            problems.append(f"{flag} {name}: its {part} is {expected[part]}, but must be {kind}")
     return problems
 
 
@@ -637,7 +638,7 @@ def find_checkpoint(wanted, output, problems, notices):
 
 
 def find_damage(folder, prefix="", holds=STATE):
-    """Return what is damaged in the folder of a checkpoint, or of what else `holds` a file, or None if it is whole."""
+    """Return what is damaged in a folder with a manifest, which must list the file that it `holds`, or None."""
     name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -656,7 +657,7 @@ def find_damage(folder, prefix="", holds=STATE):
     if holds not in manifest:
         return f"{MANIFEST} lists no {holds}"
     step = read_json(folder / STATE).get("step")
-    renamed = step and folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{step}"
+    renamed = step and re.fullmatch(r"checkpoint-\d+", folder.name) and folder.name != f"checkpoint-{step}"
     return f"it holds step {step}, so its name was changed" if renamed else None
 
 
@@ -703,17 +704,15 @@ class ReportedError(Exception):
 
 
 class WriteError(ReportedError):
-    """Something could not be written whole, and nothing of it was left behind."""
+    """Something could not be written whole."""
 
 
 @contextlib.contextmanager
-def reported(what, size, folder):
-    """Make any other error within a `WriteError`: `what`, of `size` bytes, cannot be written into `folder`."""
+def reported(what, size, folder, kind):
+    """Make an error of this `kind` within a `WriteError`: `what`, of `size` bytes, cannot be written into `folder`."""
     try:
         yield
-    except ReportedError:
-        raise
-    except Exception as error:  # each library raises an error of its own when a disk is full
+    except kind as error:
         room = f"{gigabytes(size)} needed, {gigabytes(shutil.disk_usage(disk_of(folder)).free)} free"
         raise WriteError(f"{what} cannot be written ({room}): {type(error).__name__}: {error}") from error
 
@@ -723,7 +722,7 @@ def written_whole(hidden, what, size):
     """Yield the new, empty folder `hidden` to write `what` into; if that fails, delete it and raise a `WriteError`."""
     shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
     try:
-        with reported(what, size, hidden):
+        with reported(what, size, hidden, Exception):  # each library raises an error of its own when a disk is full
             hidden.mkdir()  # not the folders above it: an output folder deleted since the start is an error
             yield hidden
     except WriteError:
@@ -753,7 +752,7 @@ def put_export_in_place(staging, output):
     The old index is deleted first, and the new one moved in last: only a whole pipeline ever has one.
     """
     if problems := foreign_problems(output, math.inf):  # put there since the start
-        raise ReportedError(f"{problems[0]}; the export waits in {staging}")
+        raise ReportedError(f"{problems[0]}; the export is in {staging}, until the next start makes it anew")
     try:
         for name in (INDEX, "README.md"):  # whose checksums the manifest now has
             (output / name).unlink(missing_ok=True)
@@ -764,7 +763,8 @@ def put_export_in_place(staging, output):
                 shutil.rmtree(target)
             part.replace(target)
     except OSError as error:
-        raise ReportedError(f"{error}; what is not in {output} yet waits in {staging}") from error
+        rest = f"what has not been moved yet is in {staging}, until the next start makes it anew"
+        raise ReportedError(f"{error}; {rest}") from error
     staging.rmdir()
     for folder in (output / OWN, output):
         flush(folder, within=False)
@@ -801,7 +801,8 @@ def lock(folder, name, wait=False):
         if not wait:
             stop(f"{name}: another process is training into it")
         print(f"Waiting for another process that writes into {name}")
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks: go on without one
         pass
     return file
@@ -837,15 +838,11 @@ def deletions(args, encoding=None):
     paths = [path for path in (output / OWN).glob("*") if unfinished.fullmatch(path.name)]
     if args.overwrite_output_dir:  # what proves whose the others are comes last
         encodings = {path for path in output.glob("encoded-" + 16 * "[0-9a-f]") if path.name != encoding}
-        paths += [path for path in encodings if all(map(is_encoding, files_in(path)))]
+        ours = re.compile(r"(pictures|captions)\.arrow|\.lock|manifest\.json|tmp\w{8}")  # the last is of datasets
+        paths += [path for path in encodings if all(ours.fullmatch(file.name) for file in files_in(path))]
         paths += [output / name for name in EXPORT]
         paths += [*numbered(output / SAMPLES, "step"), *numbered(output, "checkpoint"), output / OWN / MANIFEST]
     return [path for path in paths if path.exists()]
-
-
-def is_encoding(file):
-    """Say whether a file in a folder of encodings is one that a run writes there."""
-    return file.name in (LOCK, MANIFEST) or file.name.startswith("tmp") or file.suffix == ".arrow"
 
 
 @exit_on(OSError)
@@ -918,17 +915,20 @@ class Plan:
 
     `rows` is the number of rows trained on, by `processes` that share each step. `parameters` counts the UNet's
     weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder. `encoding` is what the
-    checkpoint to be resumed says of it (`TrainerState.encoding`). `device` is torch's name of the kind of device.
+    checkpoint to be resumed says of it (`TrainerState.encoding`). `device` is torch's name of the kind of device, and
+    `precision` what accelerate settled on.
     """
 
-    def __init__(self, args, rows, processes, parameters, texts=0, width=768, encoding=None, device="cpu"):
+    def __init__(
+        self, args, rows, processes, parameters, texts=0, width=768, encoding=None, device="cpu", precision=None
+    ):
         self.args, self.rows, self.processes = args, rows, processes
         self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples per step
         self.effective_batch = self.batch_per_process * processes
         size = args.micro_batch_size
-        # By itself only where memory that has run out is an error: a CPU's ends the process, Windows lends the host's.
-        by_itself = size is None and device == "cuda" and processes == 1 and os.name != "nt"
-        self.halves = size == "auto" or by_itself  # micro-batches, when memory runs out
+        # By itself only where it is an error: on a CPU the process would be killed, and Windows lends the host's.
+        lends = os.name == "nt" or "microsoft" in platform.release().lower()
+        self.halves = size == "auto" or (size is None and device == "cuda" and processes == 1 and not lends)
         self.micro_batch_size = self.batch_per_process if self.halves else size or args.train_batch_size
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
@@ -939,7 +939,7 @@ class Plan:
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
         self.memory = {"weights": each * parameters, "gradients": each * parameters, "optimizer state": moments}
         self.memory["EMA (host)" if args.offload_ema else "EMA"] = average
-        kind = args.mixed_precision in ("fp16", "bf16"), args.gradient_checkpointing
+        kind = (precision or args.mixed_precision) in ("fp16", "bf16"), args.gradient_checkpointing
         times = max(1, self.micro_batch_size / 4 * (args.resolution / 512) ** 2)
         self.memory["activations"] = times * ACTIVATIONS[kind]
         self.needed = sum(size for name, size in self.memory.items() if name != "EMA (host)")  # on the device

@@ -129,13 +129,15 @@ def make_plan(args, saved, rows, accelerator):
     load = UNet2DConditionModel.load_config
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
-    config, width = unet.config, load_base(CLIPTextConfig.from_pretrained, args, subfolder="text_encoder").hidden_size
-    unusual = config.class_embed_type, config.num_class_embeds, config.addition_embed_type
-    if config.in_channels != 4 or config.cross_attention_dim != width or any(unusual):
-        what = "its UNet does not take what Stable Diffusion 1.5's takes: 4 channels of latents, and a caption"
+    width = load_base(CLIPTextConfig.from_pretrained, args, subfolder="text_encoder").hidden_size
+    like_ours = {"in_channels": 4, "cross_attention_dim": width, "attention_type": "default"}
+    like_ours |= dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"))
+    if other := [name for name, value in like_ours.items() if unet.config.get(name, value) != value]:
+        what = f"its UNet is not like Stable Diffusion 1.5's: it has another {', '.join(other)}"
         stop_if([f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {what}"])
     device = accelerator.device.type
-    plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, saved and saved.encoding, device)
+    options = {"encoding": saved and saved.encoding, "device": device, "precision": accelerator.mixed_precision}
+    plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, **options)
     plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
     return plan
 
@@ -157,7 +159,7 @@ def check_plan(plan, saved, rows, settled, accelerator):
     accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
     if accelerator.device.type == "cuda":
         free, needed = sd_config.gigabytes(torch.cuda.mem_get_info()[0]), sd_config.gigabytes(plan.needed)
-        accelerator.print(f"  GPU memory       {free} free; SD1.5 was measured to need about {needed} so")
+        accelerator.print(f"  GPU memory       {free} free; SD1.5 takes an estimated {needed} with these flags")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
@@ -403,7 +405,8 @@ def create_loader(run):
 
 
 def train_step(run, batch):
-    """Do one optimizer step. The host waits for the device only under fp16 or if the optimizer is not fused.
+    """Do one optimizer step. The host waits for the device only under fp16, or if the optimizer is not fused; with
+    --offload_ema it is at most a step ahead.
 
     `batch` holds this process's samples of the step, on the host. Of the metrics returned, loss and gradient norm are
     tensors on the device, shape ().
@@ -778,8 +781,13 @@ def create_accelerator(args):
             ],
         )
         torch.empty(0, device=accelerator.device)
-    except (ValueError, ImportError, RuntimeError) as error:  # an unknown device, or a precision that the device lacks
-        stop_if([f"--mixed_precision {args.mixed_precision}, or accelerate's configuration: {error}"])
+    except (
+        ValueError,
+        ImportError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an unknown device, or a precision that the device lacks
+        stop_if([f"the device, --mixed_precision {args.mixed_precision} or accelerate's configuration: {error}"])
     problems = []
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         problems.append(f"accelerate's configuration asks for {accelerator.mixed_precision}: only no, fp16 and bf16")
@@ -946,7 +954,7 @@ def prepare_unet(unet, args, accelerator):
         except (ValueError, NotImplementedError) as error:  # no CUDA device, or one that xformers was not built for
             stop_if([f"--enable_xformers_memory_efficient_attention: {error}"])
     if args.low_memory:
-        for parameter in filter(has_8bit_moments, unet.parameters()):  # others' have their dtype: it stays float32
+        for parameter in filter(has_8bit_moments, unet.parameters()):  # others' moments take their dtype
             parameter.data = parameter.data.bfloat16()
     return unet.to(accelerator.device)
 
@@ -969,9 +977,9 @@ def has_8bit_moments(weight):
 class EightBitAdamW(torch.optim.Optimizer):
     """AdamW with 8-bit moments: torchao's, called for chunks of one size instead of for every tensor.
 
-    For tensors torchao compiles its update once a shape, which takes minutes, and calls it 686 times a step. So they
-    are copied into chunks, updated there, and copied back. Their moments are views of a chunk's, and are saved as
-    torchao saves them. Small tensors have float32 moments, as with torchao, and torch's fused AdamW.
+    Given tensors, torchao would compile its update once per shape, which takes minutes, and call it 686 times a step.
+    So they are copied into chunks, updated there, and copied back. Their moments are views of a chunk's, and are saved
+    as torchao saves them. Small tensors have float32 moments, as with torchao, and torch's fused AdamW.
     """
 
     def __init__(self, weights, settings, stochastic_rounding):
@@ -979,18 +987,15 @@ class EightBitAdamW(torch.optim.Optimizer):
         from torchao.optim.subclass_8bit import OptimState8bit  # noqa: PLC0415
 
         super().__init__(weights, settings)
-        large, small = [], []
-        for weight in weights:
-            (large if has_8bit_moments(weight) else small).append(weight)
+        large, small = ([weight for weight in weights if has_8bit_moments(weight) == kind] for kind in (True, False))
         self.small, device, dtype = torch.optim.AdamW(small, fused=True, **settings), weights[0].device, large[0].dtype
         for weight in small:
             zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
             self.state[weight] = self.small.state[weight] = {"step": torch.zeros((), device=device), **zeros}
         self.size, self.chunks = max(weight.numel() for weight in large), []
         for tensors in pack(large, self.size):
-            moments = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
-            for name, signed in moments.items():
-                moments[name] = OptimState8bit.zeros((self.size,), signed, 256, device, dtype)
+            zeros = functools.partial(OptimState8bit.zeros, (self.size,), block_size=256, device=device, dtype=dtype)
+            moments = {"exp_avg": zeros(signed=True), "exp_avg_sq": zeros(signed=False)}
             chunk, end = {"step": torch.zeros(()), **moments}, 0
             for weight in tensors:
                 start, end = end, end + weight.numel()
@@ -1016,7 +1021,9 @@ class EightBitAdamW(torch.optim.Optimizer):
             self.large.state[self.values] = chunk
             self.large.step()
             pieces = self.values[: sum(sizes)].split(sizes)
-            assign(tensors, [piece.view(weight.shape) for piece, weight in zip(pieces, tensors, strict=True)])
+            torch._foreach_copy_(
+                tensors, [piece.view(weight.shape) for piece, weight in zip(pieces, tensors, strict=True)]
+            )
         self.values.data, self.values.grad = self.values.new_zeros(0), None
 
     def load_state_dict(self, state_dict):
@@ -1028,14 +1035,12 @@ class EightBitAdamW(torch.optim.Optimizer):
 
 def pack(tensors, size):
     """Return tensors in lists with at most `size` values each: the largest first, each into the first with room."""
-    lists, room = [], []
+    lists = []
     for tensor in sorted(tensors, key=torch.Tensor.numel, reverse=True):
-        place = next((place for place, left in enumerate(room) if left >= tensor.numel()), len(lists))
-        if place == len(lists):
-            lists.append([])
-            room.append(size)
-        lists[place].append(tensor)
-        room[place] -= tensor.numel()
+        with_room = (some for some in lists if sum(map(torch.Tensor.numel, [*some, tensor])) <= size)
+        if (place := next(with_room, None)) is None:
+            lists.append(place := [])
+        place.append(tensor)
     return lists
 
 
@@ -1050,8 +1055,7 @@ class Average:
         self.on_host, self.updates = on_host, 0
         self.weights = [weight.detach().to("cpu" if on_host else device, copy=True) for weight in unet.parameters()]
         self.executor, self.pending = ThreadPoolExecutor(max_workers=1), None
-        aside = on_host and device.type == "cuda"  # the weights are copied to the host beside the training
-        self.stream, self.copied = (torch.cuda.Stream(), torch.cuda.Event()) if aside else (None, None)
+        self.stream = torch.cuda.Stream() if on_host and device.type == "cuda" else None  # of copies to the host
 
     @torch.no_grad()
     def update(self, weights):
@@ -1066,20 +1070,18 @@ class Average:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             copies = [copied_to_host(weight) for weight in weights]
-            if self.copied:
-                self.copied.record()
         self.pending = self.executor.submit(self.update_on_host, averages, copies, 1 - decay)
 
     def release_weights(self):
-        """Have the device change no weights before they are copied to the host."""
+        """Make the device's further work wait until the weights have been copied to the host."""
         if self.stream:
-            torch.cuda.current_stream().wait_event(self.copied)
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     @torch.no_grad()  # that of `update` does not hold in another thread
     def update_on_host(self, averages, weights, move):
         """Move the averages towards copies of the weights by the fraction `move`, once these have arrived."""
-        if self.copied:
-            self.copied.synchronize()
+        if self.stream:
+            self.stream.synchronize()
         for average, weight in zip(averages, weights, strict=True):
             average.lerp_(weight.float(), move)
 
@@ -1113,9 +1115,10 @@ def restore(run, saved):
     if run.plan.halves and run.plan.batch_per_process % saved.micro_batch_size == 0:
         run.micro_batch_size = saved.micro_batch_size
     run.step, run.checkpoints.last_step, run.progress.loss = saved.step, saved.step, saved.loss
-    run.accelerator.print(f"Resuming from {folder}: step {run.step} of {run.plan.max_steps}")
+    where = f"step {run.step} of {run.plan.max_steps}, in micro-batches of {run.micro_batch_size}"
+    run.accelerator.print(f"Resuming from {folder}: {where}")
     if run.stream.encoded and saved.encoding not in (None, "", run.stream.encoded.name):
-        run.accelerator.print("warning: pictures and captions are encoded anew: their encoders are not those so far")
+        run.accelerator.print("warning: encoders, rows or the flags for pictures are not those of the run so far")
 
 
 def clear_output(run):
@@ -1374,17 +1377,17 @@ class Encoded:
 
         batch = max(1, min(4, 4 * 512**2 // args.resolution**2))  # large pictures take no more memory than those
         locked = functools.partial(sd_config.lock, folder, folder, wait=True)  # another run may be making the same
-        with accelerator.local_main_process_first(), exit_on(sd_config.ReportedError), locked():
+        told = sd_config.reported(f"the encodings in {folder}", plan.encoded_bytes, folder, OSError)
+        with accelerator.local_main_process_first(), exit_on(sd_config.ReportedError), locked(), told:
             if damage := sd_config.find_damage(folder, holds="captions.arrow"):  # there is nothing, or half of it
                 for path in (*folder.glob("*.arrow"), *folder.glob("tmp*")):
                     path.unlink()
             else:
                 accelerator.print(f"Encoded pictures and captions: found in {folder}")
-            with sd_config.reported(f"the encodings in {folder}", plan.encoded_bytes, folder):
-                pictures = map_once(encode_views, len(rows.kept), batch, folder / "pictures.arrow", "Encoding pictures")
-                captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
-                if damage:
-                    sd_config.write_manifest(folder)
+            pictures = map_once(encode_views, len(rows.kept), batch, folder / "pictures.arrow", "Encoding pictures")
+            captions = map_once(encode_texts, len(rows.texts), 32, folder / "captions.arrow", "Encoding captions")
+            if damage:
+                sd_config.write_manifest(folder)
         self.pictures = pictures.with_format("torch")  # per row: its picture and, with --random_flip, the mirror image
         self.captions = captions.with_format("torch")  # in the order of Rows.texts
 
@@ -1463,20 +1466,15 @@ def averaged_weights(run):
     if run.average is None:
         yield
         return
-    own = [weight.detach().to("cpu", copy=True) for weight in run.weights]
+    weights = [weight.detach() for weight in run.weights]
+    own = [weight.to("cpu", copy=True) for weight in weights]
     run.consistent = False
-    assign(run.weights, run.average.settled_weights())
+    torch._foreach_copy_(weights, run.average.settled_weights())
     try:
         yield
     finally:
-        assign(run.weights, own)
+        torch._foreach_copy_(weights, own)
         run.consistent = True
-
-
-@torch.no_grad()
-def assign(tensors, values):
-    """Give each of the tensors its new value, in place."""
-    torch._foreach_copy_(tensors, values)
 
 
 def draw_prompts(run, folder, signals):

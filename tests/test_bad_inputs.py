@@ -202,7 +202,7 @@ CASES = {
             lambda lab, name=name: lab.patch.setenv(name, "bogus") or "", f"{starts} … bogus"
         )
         for name, starts in {
-            "ACCELERATE_TORCH_DEVICE": "--mixed_precision None, or accelerate's configuration: ",
+            "ACCELERATE_TORCH_DEVICE": "the device, --mixed_precision None or accelerate's configuration: ",
             "ACCELERATE_MIXED_PRECISION": "accelerate's configuration asks for ",
         }.items()
     },
@@ -218,10 +218,10 @@ CASES = {
         LOADING, INDEX, change(["nowhere", "AutoencoderKL"], "vae"), f"{IN_MODEL}nowhere"
     ),
     "wrong kind of unet": model(
-        EARLY, INDEX, change(["diffusers", "AutoencoderKL"], "unet"), f"{IN_MODEL}and must be a UNet2DConditionModel"
+        EARLY, INDEX, change(["diffusers", "AutoencoderKL"], "unet"), f"{IN_MODEL}but must be UNet2DConditionModel"
     ),
     **{
-        f"unet with another {name}": model(EARLY, CONFIG, change(value, name), f"{IN_MODEL}its UNet does not take")
+        f"unet with another {name}": model(EARLY, CONFIG, change(value, name), f"{IN_MODEL}another {name}")
         for name, value in {"in_channels": 9, "num_class_embeds": 3, "cross_attention_dim": 64}.items()
     },
     "text encoder's configuration broken": model(LOADING, "text_encoder/config.json", text(BROKEN), UNLOADABLE),

@@ -403,7 +403,7 @@ def test_what_is_compiled_needs_a_compiler(accept, refuse, monkeypatch, tmp_path
         ('{"extra": ["library", "Class"]}', "has no folder extra"),
         (
             '{"vae": ["diffusers", "AutoencoderTiny"]}',
-            "its vae is a diffusers.AutoencoderTiny, and must be a AutoencoderKL",
+            "its vae is diffusers.AutoencoderTiny, but must be AutoencoderKL",
         ),
     ],
 )

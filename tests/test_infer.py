@@ -458,8 +458,9 @@ def test_refused_while_loading(refuse, assets, flags, says):
     Path("sd-naruto-model").symlink_to(assets[0])
     file = Path(shutil.copytree(assets[0], "cut-short"), "text_encoder/model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
-    for file in Path(shutil.copytree(assets[0], "no-words"), "tokenizer").glob("[vmt][oe][cr][ag]*"):
-        file.unlink()
+    shutil.copytree(assets[0], "no-words")
+    for name in ("vocab.json", "merges.txt"):
+        Path("no-words/tokenizer", name).unlink()
     assert_says(only(refuse("--device=cpu", *flags.split(), load=True)), says)
 
 
@@ -468,7 +469,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_loaded(refu
     Path("result.png").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root may write anyway
     problem = only(refuse(f"--model_path={assets[0]}", f"--output={place}"))
-    assert problem.startswith(f"--output {place}: no permission to write")
+    assert problem.startswith(f"--output {place}: no permission to write in ")
 
 
 def test_all_problems_are_reported_together(refuse):

@@ -241,6 +241,7 @@ API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 
 API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     Guard guard(mutex);
+    counts["waits of a stream"]++;
     awaited[stream].push_back(events[event]);
     return cudaSuccess;
 }
