@@ -940,7 +940,7 @@ class Plan:
         self.memory = {"weights": each * parameters, "gradients": each * parameters, "optimizer state": moments}
         self.memory["EMA (host)" if args.offload_ema else "EMA"] = average
         kind = (precision or args.mixed_precision) in ("fp16", "bf16"), args.gradient_checkpointing
-        times = max(1, self.micro_batch_size / 4 * (args.resolution / 512) ** 2)
+        times = parameters / 859_520_964 * max(1, self.micro_batch_size / 4 * (args.resolution / 512) ** 2)
         self.memory["activations"] = times * ACTIVATIONS[kind]
         self.needed = sum(size for name, size in self.memory.items() if name != "EMA (host)")  # on the device
         self.checkpoint_bytes = each * parameters + moments + average

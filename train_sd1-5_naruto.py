@@ -159,7 +159,7 @@ def check_plan(plan, saved, rows, settled, accelerator):
     accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
     if accelerator.device.type == "cuda":
         free, needed = sd_config.gigabytes(torch.cuda.mem_get_info()[0]), sd_config.gigabytes(plan.needed)
-        accelerator.print(f"  GPU memory       {free} free; SD1.5 takes an estimated {needed} with these flags")
+        accelerator.print(f"  GPU memory       {free} free, and an estimated {needed} needed")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:

@@ -63,6 +63,9 @@ def counts():
 
 
 if __name__ == "__main__":
+    if unavailable() or not sys.argv[1:]:
+        sys.exit(unavailable() or __doc__)
+    print("On a stand-in for CUDA, which computes nothing: do not use what this leaves.", file=sys.stderr)
     with tempfile.TemporaryDirectory() as target:
         environment = os.environ | build(Path(target))
         sys.exit(subprocess.run([sys.executable, *sys.argv[1:]], env=environment, check=False).returncode)

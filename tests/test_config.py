@@ -778,8 +778,10 @@ def test_plan_knows_the_memory_of_what_is_trained(monkeypatch):
     sizes = {"weights": 2, "gradients": 2, "optimizer state": 2, "EMA (host)": 4}
     assert plan.memory.items() > {name: size * 10**9 for name, size in sizes.items()}.items()
     assert plan.needed == sum(plan.memory.values()) - 4 * 10**9
-    small, large = (plan_of(f"--train_batch_size=4 --resolution={side}", rows=32, parameters=1) for side in (512, 1024))
-    assert large.memory["activations"] == 4 * small.memory["activations"]
+    small, large = (
+        plan_of(f"--train_batch_size=4 --resolution={side}", rows=32, parameters=10**9) for side in (512, 1024)
+    )
+    assert large.memory["activations"] == 4 * small.memory["activations"] > 0
     assert (plan.checkpoint_bytes, plan.export_bytes) == (8 * 10**9, 6 * 10**9 + 5)
 
 
