@@ -460,6 +460,10 @@ def pipeline_problems(flag, name):
     needed = {*expected, *PARTS} - ({"safety_checker", "feature_extractor"} - {*expected})  # which a pipeline may lack
     problems = [f"{flag} {name}: has no folder {part}" for part in sorted(needed) if not (folder / part).is_dir()]
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    if ".FlowMatch" in expected.get("scheduler", ""):
+        problems.append(
+            f"{flag} {name}: its scheduler is {expected['scheduler']}, and Stable Diffusion 1.5 has no flow"
+        )
     for part, kind in kinds.items():
         if part in expected and not expected[part].endswith(f".{kind}"):
             problems.append(f"{flag} {name}: its {part} is {expected[part]}, but must be {kind}")
@@ -478,6 +482,8 @@ def resolve_data(args, given, problems):
         problems.append(f"--dataset_name {name}: no such folder (a Hub data set is written owner/name)")
     elif name is not None and re.search(r"[\[\]*?]|::", name):
         problems.append(f"--dataset_name {name}: to datasets, []*? and :: in a path are patterns; rename the folder")
+    if folder is not None and "::" in folder:
+        problems.append(f"--train_data_dir {folder}: to datasets, :: in a path is a pattern; rename the folder")
     saved = name is not None and is_saved_dataset(name)
     if args.dataset_config_name is not None and (name is None or saved):
         problems.append(f"--dataset_config_name {args.dataset_config_name}: this folder has no configurations")
@@ -589,11 +595,6 @@ def read_state(folder, flag="--resume_from_checkpoint"):
         return TrainerState(**{name: value for name, value in saved.items() if name in known})
     except (OSError, ValueError, AttributeError, TypeError) as error:  # a TypeError names the fields that are missing
         return stop_if([f"{flag} {folder}: its {STATE} cannot be read: {error}"])
-
-
-def checkpoint_folder(output, step):
-    """Return the folder of the checkpoint of a step."""
-    return Path(output, f"checkpoint-{step}")
 
 
 def checkpoints(output):

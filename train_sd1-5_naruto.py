@@ -94,7 +94,8 @@ def main(args):
 
     # All that can be checked without the weights is checked before loading them.
     noise_scheduler = load_noise_scheduler(args)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
+    infer.check_tokenizer(tokenizer, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}")
     rows = load_rows(args, tokenizer, seed, accelerator)
     plan = make_plan(args, saved, rows, accelerator)
     settled = {"seed": seed, "prediction_type": noise_scheduler.config.prediction_type}
@@ -896,13 +897,6 @@ def load_base(loader, args, **kwargs):
     return infer.load(loader, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, **kwargs)
 
 
-def load_tokenizer(args):
-    """Return the base model's tokenizer."""
-    tokenizer = load_base(CLIPTokenizer.from_pretrained, args, subfolder="tokenizer")
-    infer.check_tokenizer(tokenizer, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}")
-    return tokenizer
-
-
 def load_noise_scheduler(args):
     """Return the DDPM noise schedule of the base model, with the prediction type that is to be trained."""
     chosen = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
@@ -1491,7 +1485,7 @@ def draw_prompts(run, folder, signals):
     settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
     settings["guidance_scale"] = run.args.validation_guidance_scale
     settings["height"] = settings["width"] = run.args.resolution
-    checkpoint = sd_config.checkpoint_folder(run.args.output_dir, run.step)
+    checkpoint = Path(run.args.output_dir, f"checkpoint-{run.step}")
     saved = checkpoint.exists() or (run.checkpoints.writing and run.plan.saves_after(run.step))
     images = []
     with run.accelerator.autocast():
@@ -1547,7 +1541,7 @@ class Checkpoints:
 
         It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
-        final = sd_config.checkpoint_folder(self.plan.args.output_dir, state.step)
+        final = Path(self.plan.args.output_dir, f"checkpoint-{state.step}")
         hidden = final.parent / sd_config.OWN / final.name
         with sd_config.written_whole(hidden, final, self.plan.checkpoint_bytes) as folder:
             for part in tensors.keys() - {OPTIMIZER}:

@@ -295,6 +295,7 @@ REFUSED = [
     "--output_dir=file/run | --output_dir file/run | must be a folder",
     f"--output_dir={'x' * 256} | --output_dir {'x' * 256} | names have at most 255 bytes",
     f"--cache_dir=a/{'火' * 86}/b | --cache_dir a/{'火' * 86}/b | names have at most 255 bytes",
+    "--train_data_dir=a::b | --train_data_dir a::b | rename the folder",
     *(f"--dataset_name={name} | --dataset_name {name} | rename the folder" for name in ("na[1]me", "a::b")),
     "--output_dir=blocked | --output_dir blocked | logs in it is a file",
     "--output_dir=new --cache_dir=new/.train_sd1-5_naruto | --output_dir new | mix with --cache_dir",
@@ -401,6 +402,7 @@ def test_what_is_compiled_needs_a_compiler(accept, refuse, monkeypatch, tmp_path
         ("", "its model_index.json cannot be read: "),
         ("[]", "its model_index.json cannot be read: "),
         ('{"extra": ["library", "Class"]}', "has no folder extra"),
+        ('{"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}', "its scheduler is diffusers.FlowMatch"),
         (
             '{"vae": ["diffusers", "AutoencoderTiny"]}',
             "its vae is diffusers.AutoencoderTiny, but must be AutoencoderKL",
