@@ -126,7 +126,7 @@ def choose_seed(args, saved, accelerator):
 
 
 def make_plan(args, saved, rows, accelerator):
-    """Return the `Plan`. The size of the base model's UNet is known from its configuration, without its weights."""
+    """Return the `Plan`; exit with code 2 if the UNet is of another kind, as its configuration alone tells."""
     load = UNet2DConditionModel.load_config
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
