@@ -73,6 +73,7 @@ def start(assets, tmp_path_factory):
 
     def start(*flags, output, before=None):
         log = logs / str(next(count))  # not in the output folder, whose disk may be full
+        log.touch()  # the process may be killed before it opens it
         watched, held = context.Pipe(duplex=False)
         process = context.Process(target=attempt, args=(command_line(assets, output, *flags), log, before, held))
         process.start()
