@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cuda_device"
-LIBRARY, DRIVER = "libcuda_stand_in.so", "libcuda.so.1"
+PRELOADED, DRIVER = "libcuda_stand_in.so", "libcuda.so.1"
 
 
 def unavailable():
@@ -38,7 +38,7 @@ def build(folder):
     packages = Path(torch.__file__).parent.parent
     triton = Path(importlib.util.find_spec("triton").origin).parent  # has what NVIDIA's package of the headers lacks
     headers = [f"-I{packages / 'nvidia/cu13/include'}", f"-I{triton / 'backends/nvidia/include'}"]
-    functions, library = folder / "functions.o", folder / LIBRARY
+    functions, library = folder / "functions.o", folder / PRELOADED
     for command in (
         ["gcc", "-w", "-c", SOURCES / "functions.c", "-o", functions],
         ["g++", "-std=c++17", "-shared", *headers, SOURCES / "device.cpp", functions, "-o", library],
@@ -51,12 +51,12 @@ def build(folder):
 
 def reset(total_bytes):
     """Give the device this much memory from now on, and forget all counts."""
-    ctypes.CDLL(LIBRARY).stand_in_reset(ctypes.c_size_t(total_bytes))
+    ctypes.CDLL(PRELOADED).stand_in_reset(ctypes.c_size_t(total_bytes))
 
 
 def counts():
     """Return what the device was asked for since the last `reset`: a dictionary of numbers by their names."""
-    library = ctypes.CDLL(LIBRARY)
+    library = ctypes.CDLL(PRELOADED)
     library.stand_in_counts.restype = ctypes.c_char_p
     lines = library.stand_in_counts().decode().splitlines()
     return {name: int(number) for name, number in (line.split("\t") for line in lines)}

@@ -136,7 +136,7 @@ def gpu_memory():
 
 def launches():
     """Return how many kernels the stand-in for CUDA was asked to launch; 0 on any other device."""
-    if cuda_stand_in.LIBRARY not in os.environ.get("LD_PRELOAD", ""):
+    if cuda_stand_in.PRELOADED not in os.environ.get("LD_PRELOAD", ""):
         return 0
     return cuda_stand_in.counts()["launches"]
 
