@@ -208,7 +208,7 @@ def load(loader, flag, model, **kwargs):
 def check_tokenizer(tokenizer, model):
     """Exit with code 2 if a model's tokenizer lacks files, without which it loads nevertheless, and knows no word."""
     if len(tokenizer) < 256 or tokenizer.model_max_length > 10**6:
-        sd_config.stop(f"{model}: its tokenizer lacks its vocabulary or its settings")
+        stop_if([f"{model}: its tokenizer lacks its vocabulary or its settings"])
 
 
 def restore_precision(pipeline, flag, variant=None):
