@@ -32,7 +32,7 @@ MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-
 MOVED_MODELS = {"runwayml/stable-diffusion-v1-5": MODEL}
 # Flags that affect the training but may change when a run is resumed (`compare_runs` then warns).
 TRAINING = """
-    pretrained_model_name_or_path revision variant skip_bad_rows resolution center_crop random_flip
+    pretrained_model_name_or_path revision variant skip_bad_rows resolution aspect_buckets center_crop random_flip
     image_interpolation_mode caption_dropout learning_rate scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
     adam_weight_decay adam_epsilon max_grad_norm use_ema prediction_type snr_gamma noise_offset input_perturbation
     dream_training dream_detail_preservation mixed_precision allow_tf32 low_memory
@@ -128,10 +128,11 @@ FLAGS = {
     ],
     "data": [
         ("dataset_name", "lambdalabs/naruto-blip-captions", PATH, "Training data: a Hub id, or a local folder that the "
-         "datasets library can read (parquet, pictures with a metadata.jsonl, or save_to_disk)."),
+         "datasets library can read (parquet, WebDataset, save_to_disk), or of pictures with captions."),
         ("dataset_config_name", None, str, "Configuration of the data set, where it has several."),
-        ("train_data_dir", None, PATH, "Folder of pictures with a metadata.jsonl. Given alone, it replaces "
-         "--dataset_name; given with it, it is the subfolder of that data set to use."),
+        ("train_data_dir", None, PATH, "Folder of pictures, whose captions are in .txt files beside them or in a "
+         "metadata.jsonl. Given alone, it replaces --dataset_name; given with it, it is the subfolder of that data set "
+         "to use."),
         ("image_column", "image", str, "Column that holds the pictures."),
         ("caption_column", "text", str, "Column that holds a caption, or a list of captions."),
         ("max_train_samples", None, integer(1), "Train on a random subset of this many rows. Default: all rows."),
@@ -139,6 +140,9 @@ FLAGS = {
          "Decode every picture before training (once: the result is kept) and train without those that fail."),
         ("resolution", 512, integer(8, multiple_of=8),
          "Side in pixels of the square pictures trained on: the shorter side is resized to it, the longer cropped."),
+        ("aspect_buckets", False, bool,
+         "Crop each picture to the most similar of several shapes, with sides of multiples of 64 and an area of about "
+         "--resolution x --resolution, instead of to the square. The plan lists them."),
         ("center_crop", False, bool, "Crop the centre. Default: a random place."),
         ("random_flip", False, bool, "Mirror half of the samples left to right."),
         ("image_interpolation_mode", "bilinear", choice("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
@@ -403,6 +407,10 @@ def ignored_flags(args, given):
 
 def resolve_memory(args, problems):
     """Complete the flags for memory and speed that were left open, and check that they fit together."""
+    if args.aspect_buckets and args.resolution % 64:
+        problems.append(f"--resolution {args.resolution}: must be a multiple of 64 with --aspect_buckets")
+    if args.aspect_buckets and args.torch_compile:
+        problems.append("--torch_compile: would compile for every shape of --aspect_buckets; leave one of them out")
     if args.cache_latents == "on" and not args.center_crop:
         problems.append("--cache_latents on: a random crop is never the same twice; add --center_crop")
     batch, size = args.train_batch_size * args.gradient_accumulation_steps, args.micro_batch_size
@@ -914,14 +922,14 @@ def read_json(path):
 class Plan:
     """The arithmetic of a run. Steps are optimizer steps; a `step` given to a method is the number done so far.
 
-    `rows` is the number of rows trained on, by `processes` that share each step. `parameters` counts the UNet's
-    weights, and `texts` the distinct captions; `width` is the hidden size of the text encoder. `encoding` is what the
-    checkpoint to be resumed says of it (`TrainerState.encoding`). `device` is torch's name of the kind of device, and
-    `precision` what accelerate settled on.
+    `rows` is the number of rows trained on, and `area` the pixels of their pictures, by `processes` that share each
+    step. `parameters` counts the UNet's weights, and `texts` the distinct captions; `width` is the hidden size of the
+    text encoder. `encoding` is what the checkpoint to be resumed says of it (`TrainerState.encoding`). `device` is
+    torch's name of the kind of device, and `precision` what accelerate settled on.
     """
 
     def __init__(
-        self, args, rows, processes, parameters, texts=0, width=768, encoding=None, device="cpu", precision=None
+        self, args, rows, processes, parameters, texts=0, width=768, area=0, encoding=None, device="cpu", precision=None
     ):
         self.args, self.rows, self.processes = args, rows, processes
         self.batch_per_process = args.train_batch_size * args.gradient_accumulation_steps  # samples per step
@@ -950,8 +958,8 @@ class Plan:
         self.export_bytes = each * parameters + average + frozen
 
         self.views = 2 if args.random_flip else 1  # pictures made of each row: itself, and its mirror image
-        latents = 2 * 4 * (args.resolution // 8) ** 2  # mean and log-variance, 4 channels
-        self.encoded_bytes = 4 * (rows * self.views * latents + (texts + 1) * 77 * width)
+        latents = 2 * 4 * (area or rows * args.resolution**2) // 64  # mean and log-variance, 4 channels
+        self.encoded_bytes = 4 * (self.views * latents + (texts + 1) * 77 * width)
         folder, output = Path(args.cache_dir or args.output_dir), Path(args.output_dir)
         self.encoded_missing = 0 if encoding and (folder / encoding).is_dir() else self.encoded_bytes
         self.encoded_apart = disk_of(folder).stat().st_dev != disk_of(output).stat().st_dev  # on another disk

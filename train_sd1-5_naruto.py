@@ -26,6 +26,7 @@ if __name__ == "__main__":
     ARGS = sd_config.parse_args()  # answers --help and typos before the slow imports below
     sd_config.announce_imports()
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -33,6 +34,9 @@ import datetime
 import functools
 import glob
 import hashlib
+import io
+import itertools
+import json
 import math
 import os
 import re
@@ -47,7 +51,9 @@ from pathlib import Path
 import accelerate
 import datasets
 import numpy as np
+import PIL
 import psutil
+import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from accelerate.utils import (
@@ -62,7 +68,8 @@ from accelerate.utils import (
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from PIL import Image, ImageOps
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
@@ -138,6 +145,7 @@ def make_plan(args, saved, rows, accelerator):
         stop_if([f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {what}"])
     device = accelerator.device.type
     options = {"encoding": saved and saved.encoding, "device": device, "precision": accelerator.mixed_precision}
+    options["area"] = sum(math.prod(rows.shapes[number]) for number in rows.kept)
     plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, **options)
     plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
     return plan
@@ -158,6 +166,8 @@ def check_plan(plan, saved, rows, settled, accelerator):
         problems, warnings = differences + problems, changes + warnings
     stop_if(problems)
     accelerator.print(f"Plan (device {accelerator.device}, mixed precision {accelerator.mixed_precision}):\n{plan}")
+    if rows.buckets:
+        accelerator.print(f"  shapes           {rows.buckets}")
     if accelerator.device.type == "cuda":
         free, needed = sd_config.gigabytes(torch.cuda.mem_get_info()[0]), sd_config.gigabytes(plan.needed)
         accelerator.print(f"  GPU memory       {free} free, and an estimated {needed} needed")
@@ -276,7 +286,8 @@ class SampleStream(torch.utils.data.Dataset):
 
     One generator per position draws, always in this order: caption choice, caption dropout, crop, flip (five numbers
     at once), VAE posterior noise, timestep, diffusion noise, noise offset, input perturbation. All are drawn even if
-    unused, except input perturbation, which comes last: so switching one option on changes no other draw.
+    unused, except input perturbation, which comes last: so switching one option on changes no other draw. Nor does
+    --aspect_buckets: noise of another shape than the square's comes from a second generator.
     """
 
     def __init__(self, rows, tokenizer, args, seed, latent_shape, num_train_timesteps):
@@ -286,22 +297,23 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """Return the sample at `position` (from 0) as a dictionary of tensors without a batch dimension."""
-        args, drawn = self.args, self.draw(position)
+        args, drawn = self.args, self.draw(position, self.rows.kept[self.index(position)])
         choice, dropout, top, left, flip = drawn.pop("choices").tolist()
         index, flipped = self.index(position), args.random_flip and flip < 0.5
         number = self.rows.kept[index]
         captions = self.rows.captions[number]
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
         if self.encoded:
-            return self.encoded.look_up(index, flipped, caption) | drawn
+            return self.encoded.look_up(index, flipped, caption, drawn["noise"].shape) | drawn
         pixel_values = self.load_pixels(number, crop=None if args.center_crop else (top, left))
         if flipped:
             pixel_values = pixel_values.flip(-1)
         return {"pixel_values": pixel_values, "input_ids": tokenize(self.tokenizer, [caption])[0], **drawn}
 
-    def draw(self, position, seed=None):
-        """Return everything random about the sample at `position`, except its row, as a dictionary of tensors."""
-        generator = keyed_generator(self.seed if seed is None else seed, "sample", position)
+    def draw(self, position, number, seed=None):
+        """Return everything random about the sample at `position`, which shows row `number`, as a dictionary."""
+        key = self.seed if seed is None else seed, "sample", position
+        generator = keyed_generator(*key)
         drawn = {
             "choices": torch.rand(5, generator=generator),
             "posterior_noise": torch.randn(self.latent_shape, generator=generator),
@@ -311,6 +323,13 @@ class SampleStream(torch.utils.data.Dataset):
         }
         if self.args.input_perturbation:
             drawn["input_perturbation"] = torch.randn(self.latent_shape, generator=generator)
+        channels, *square = self.latent_shape
+        shape = [side * square[0] // self.args.resolution for side in self.rows.shapes[number]]
+        if shape != square:
+            generator = keyed_generator(*key, *shape)
+            for name in ("posterior_noise", "noise", "input_perturbation"):
+                if name in drawn:
+                    drawn[name] = torch.randn(channels, *shape, generator=generator)
         return drawn
 
     def index(self, position):
@@ -323,13 +342,21 @@ class SampleStream(torch.utils.data.Dataset):
         args = self.args
         try:
             image = self.rows.table[number][args.image_column]
-            return to_pixels(image, args.resolution, args.image_interpolation_mode, crop)
+            return to_pixels(image, self.rows.shapes[number], args.image_interpolation_mode, crop)
         except MemoryError:
             raise
         except Exception as error:  # a decoder may raise anything on a broken file
             fault = f"{name_row(self.rows.table, number, args)}: {type(error).__name__}: {error}"
             remedy = "--skip_bad_rows trains without it; a repaired file makes it a new data set"
             raise BadRow(f"{fault} ({remedy})") from None
+
+
+def collate(samples):
+    """Return a step's samples as batches, one for each shape of picture, in the order in which these come."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample["noise"].shape, []).append(sample)
+    return [torch.utils.data.default_collate(group) for group in groups.values()]
 
 
 def keyed_generator(*key):
@@ -400,6 +427,7 @@ def create_loader(run):
         run.stream,
         batch_sampler=map(positions, range(run.step, run.plan.max_steps)),
         num_workers=run.args.dataloader_num_workers,
+        collate_fn=collate,
         worker_init_fn=ignore_signals,
         pin_memory=run.accelerator.device.type == "cuda",
     )
@@ -409,7 +437,7 @@ def train_step(run, batch):
     """Do one optimizer step. The host waits for the device only under fp16, or if the optimizer is not fused; with
     --offload_ema it is at most a step ahead.
 
-    `batch` holds this process's samples of the step, on the host. Of the metrics returned, loss and gradient norm are
+    `batch` is `collate`'s, of this process's samples of the step. Of the metrics returned, loss and gradient norm are
     tensors on the device, shape ().
     """
     while (loss := add_gradients(run, batch)) is None:  # out of memory: retry with smaller micro-batches
@@ -438,20 +466,20 @@ def add_gradients(run, batch):
     micro-batches smaller.
     """
     accelerator, losses, size = run.accelerator, [], run.micro_batch_size
-    starts = range(0, run.plan.batch_per_process, size)
-    accelerator.gradient_accumulation_steps = len(starts)  # accelerate divides each loss by it
+    accelerator.gradient_accumulation_steps = run.plan.batch_per_process // size  # accelerate divides each loss by it
+    micro_batches = [
+        {name: samples[first : first + size] for name, samples in group.items()}
+        for group in batch
+        for first in range(0, len(group["timesteps"]), size)
+    ]
     try:
-        for first in starts:
+        for micro_batch in micro_batches:
             # Processes average their gradients in the last micro-batch only.
-            with contextlib.nullcontext() if first == starts[-1] else accelerator.no_sync(run.network):
-                micro_batch = {
-                    name: samples[first : first + size].to(accelerator.device, non_blocking=True)
-                    for name, samples in batch.items()
-                }
-                loss = micro_batch_loss(run, micro_batch)
+            with contextlib.nullcontext() if micro_batch is micro_batches[-1] else accelerator.no_sync(run.network):
+                loss = micro_batch_loss(run, micro_batch) * (len(micro_batch["timesteps"]) / size)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / accelerator.gradient_accumulation_steps
     except RuntimeError as error:
         if not run.plan.halves or size == 1 or not OUT_OF_MEMORY.search(str(error)):
             raise
@@ -462,7 +490,9 @@ def add_gradients(run, batch):
 
 
 def micro_batch_loss(run, micro_batch):
-    """Return the mean training loss of a micro-batch, a dictionary of the stream's samples on the device."""
+    """Return the mean training loss of a micro-batch, a dictionary of the stream's samples on the host."""
+    device = run.accelerator.device
+    micro_batch = {name: samples.to(device, non_blocking=True) for name, samples in micro_batch.items()}
     latents, encoder_hidden_states = run.frozen.encode(micro_batch)
     return diffusion_loss(run.network, latents, encoder_hidden_states, micro_batch, **run.loss_options)
 
@@ -570,7 +600,8 @@ def describe_step(run, step, loss, grad_norm):
     """Describe a step that was not finite and so changed no weights: its loss, norm and samples."""
     size, stream = run.plan.effective_batch, run.stream
     positions = range((step - 1) * size, (step - 1) * size + min(size, 64))
-    seen = [f"{stream.rows.kept[stream.index(p)]} ({int(stream.draw(p)['timesteps'])})" for p in positions]
+    numbers = {p: stream.rows.kept[stream.index(p)] for p in positions}
+    seen = [f"{number} ({int(stream.draw(p, number)['timesteps'])})" for p, number in numbers.items()]
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}. It changed no weights.\n"
         f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"
@@ -1135,6 +1166,8 @@ class Rows:
     kept: list  # numbers of the rows trained on
     held_out: list  # numbers of the held-out rows, on which validation measures the loss
     captions: list  # of all rows: the captions of each, as a list
+    shapes: list  # of all rows: the (height, width) in which each picture is trained
+    buckets: str = ""  # with --aspect_buckets: how many pictures have which shape, and what that does to them
 
     @functools.cached_property
     def texts(self):
@@ -1149,14 +1182,14 @@ def load_rows(args, tokenizer, seed, accelerator):
     """
     accelerator.print(f"Reading {args.dataset_name or args.train_data_dir}")
     with accelerator.local_main_process_first():
-        table = read_dataset(args)
+        table = read_dataset(args, accelerator)
     check_columns(table, args)
     table = table.select_columns([args.image_column, args.caption_column])
     table = table.cast_column(args.image_column, datasets.Image())  # which decodes, whatever the data set says
     captions = [list_captions(caption) for caption in table[args.caption_column]]
     check_captions(captions, args, tokenizer, accelerator)
     on_main = [read_pictures(table, args) if accelerator.is_main_process else None]
-    fingerprint, bad = broadcast_object_list(on_main)[0]
+    fingerprint, bad, sizes = broadcast_object_list(on_main)[0]
     if bad and not args.skip_bad_rows:
         faults = [f"{name_row(table, number, args)}: {fault}" for number, fault in bad.items()]
         stop_if([*faults[:10], f"{len(bad)} row(s) without a readable picture; --skip_bad_rows trains on the others"])
@@ -1174,17 +1207,41 @@ def load_rows(args, tokenizer, seed, accelerator):
         stop_if([f"{flag}: of {len(table)} rows, {len(bad)} of them bad, none is left to train on"])
     if limit is not None and limit > len(kept):
         accelerator.print(f"note: --max_train_samples {limit}: only {len(kept)} are available, and all are used")
-    return Rows(table, fingerprint, bad, kept, held_out, captions)
+    square, buckets = (args.resolution, args.resolution), generate_aspect_ratio_buckets(args.resolution, 64)
+    shapes = [buckets[find_nearest_bucket(height, width, buckets)] for width, height in sizes or ()]
+    said = describe_shapes([(*sizes[number], *shapes[number]) for number in kept]) if sizes else ""
+    return Rows(table, fingerprint, bad, kept, held_out, captions, shapes or [square] * len(table), said)
 
 
-def read_dataset(args):
+def describe_shapes(pictures):
+    """Say what --aspect_buckets does to pictures: tuples of a width and a height, and of a shape's height and width."""
+    counts, seen, enlarged = collections.Counter(), 0.0, 0
+    for width, height, rows, columns in pictures:
+        counts[f"{columns}x{rows}"] += 1
+        scale = max(rows / height, columns / width)
+        seen += rows * columns / (height * width * scale**2)
+        enlarged += scale > 1.5
+    shapes = ", ".join(f"{shape}: {count}" for shape, count in counts.most_common())
+    cropped = f"on average {1 - seen / len(pictures):.1%} of a picture is cropped"
+    return f"{shapes}; {cropped}; {enlarged} of the pictures are enlarged by more than half"
+
+
+def read_dataset(args, accelerator):
     """Return the train split of the data set that `args` name, from the Hub or from a local folder."""
     name, options = args.dataset_name, {"split": "train", "cache_dir": args.cache_dir}
     flag = f"--dataset_name {name}" if name else f"--train_data_dir {args.train_data_dir}"
+    local = PictureFolder.of(args)
     try:
-        if name is None:
+        if local and local.texts and not local.metadata:
+            table = local.read_texts(args)
+        elif name is None and local.pictures:
             files = os.path.join(glob.escape(args.train_data_dir), "**")
             table = datasets.load_dataset("imagefolder", data_files=files, **options)
+        elif local and local.is_ambiguous:
+            folder = os.path.join(name, args.train_data_dir or "")
+            table = datasets.load_dataset("imagefolder", data_dir=folder, **options)
+        elif name is None:
+            table = datasets.load_dataset(args.train_data_dir, **options)
         elif sd_config.is_saved_dataset(name):
             splits = os.path.isfile(os.path.join(name, "dataset_dict.json"))
             table = datasets.Dataset.load_from_disk(os.path.join(name, "train") if splits else name)
@@ -1194,14 +1251,105 @@ def read_dataset(args):
         cause = f"{error} {error.__cause__ or ''}"
         stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {cause}"])
     stop_if([f"{flag}: its train split is empty"] if len(table) == 0 else [])
+    for note in local.notes(table, args) if local else ():
+        accelerator.print(f"note: {note}")
     return table
+
+
+class PictureFolder:
+    """A local folder of pictures, whose captions are in .txt files beside them, or in metadata that `datasets` reads.
+
+    Paths are sorted, so that the rows have the same order on every file system.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        Image.init()
+        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)  # without hidden files
+        files = [Path(path) for path in paths if not os.path.isdir(path) and "__MACOSX" not in path]
+        files.sort(key=Path.as_posix)
+        self.pictures = [file for file in files if file.suffix.lower() in readable]
+        self.metadata = [file for file in files if re.fullmatch(r"metadata\.(jsonl|csv|parquet)", file.name)]
+        stems = {picture.with_suffix("") for picture in self.pictures}
+        texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+        self.texts = {stem: file for stem, file in texts.items() if stem in stems}
+        self.stray = [file for stem, file in texts.items() if stem not in stems]
+        tables = any(re.search(r"\.(parquet|arrow|tar|zip|gz)$", file.name) for file in files)
+        # Whether `datasets`, left to itself, might take the .txt files for the data.
+        self.is_ambiguous = bool(self.pictures and (self.texts or not self.metadata)) and not tables
+
+    @classmethod
+    def of(cls, args):
+        """Return the folder that `args` name, or None if the data set is on the Hub or was saved by `datasets`."""
+        name, folder = args.dataset_name, Path(args.dataset_name or "", args.train_data_dir or "")
+        if name and (sd_config.is_saved_dataset(name) or not sd_config.is_local(name)):
+            return None
+        return cls(folder / "train" if name and (folder / "train").is_dir() else folder)
+
+    def read_texts(self, args):
+        """Return the pictures and the captions beside them as a data set; exit with code 2 if any has no caption."""
+        captions, problems = {}, []
+        for stem, file in self.texts.items():
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+                captions[stem] = [line.strip() for line in lines if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{file}: cannot be read as UTF-8 text: {error}")
+        bare = [picture for picture in self.pictures if not captions.get(picture.with_suffix(""))]
+        if bare and not problems:
+            what = f"{len(bare)} of {len(self.pictures)} pictures have no caption in a .txt file beside them"
+            problems.append(f"{self.folder}: {what}: {some_of(bare, self.folder)}")
+        stop_if(problems)
+        columns = {args.image_column: [str(picture) for picture in self.pictures]}
+        columns[args.caption_column] = [captions[picture.with_suffix("")] for picture in self.pictures]
+        return datasets.Dataset.from_dict(columns).cast_column(args.image_column, datasets.Image())
+
+    def notes(self, table, args):
+        """Yield what in the folder is not used as its owner may expect."""
+        named = [picture.parent.name for picture in self.pictures if re.match(r"\d+_", picture.parent.name)]
+        if named:
+            yield f"{named[0]}: every picture counts once; the number of repeats in a folder's name is not applied"
+        if not self.metadata:
+            if self.texts and self.stray:
+                yield f"{len(self.stray)} .txt file(s) belong to no picture: {some_of(self.stray, self.folder)}"
+            return
+        if self.texts:
+            yield f"the captions are those of {self.metadata[0].name}; the .txt files beside pictures are not read"
+        if isinstance(table.features.get(args.image_column), datasets.Image):
+            listed = {os.path.abspath(path) for path in paths_of(table, args) if path}
+            if unlisted := [picture for picture in self.pictures if os.path.abspath(picture) not in listed]:
+                what = f"{len(unlisted)} of {len(self.pictures)} pictures are not listed in {self.metadata[0].name}"
+                yield f"{what}, and not trained on: {some_of(unlisted, self.folder)}"
+
+    def hint(self):
+        """Return how the captions of a folder of pictures without any may be given, and what resembles that here."""
+        if not self.pictures or self.metadata:
+            return ""
+        name, folder = self.pictures[0].name, self.folder
+        ways = (
+            f"beside {name}, a {Path(name).stem}.txt with its caption (or several, one a line)",
+            f'a {folder / "metadata.jsonl"} with lines like {{"file_name": "{name}", "text": "a caption"}}',
+            f"a {folder / 'metadata.csv'} with the first line file_name,text",
+        )
+        near = [path for path in sorted(folder.glob("*")) if re.search(r"meta|capt|\.(jsonl?|csv|txt)", path.name)]
+        near += sorted(folder.absolute().parent.glob("metadata.*"))
+        found = "\n  found, but not read under this name or in this place: " + ", ".join(map(str, near[:10]))
+        return ". Captions of a folder of pictures are given in one of three ways:\n  " + "\n  ".join(ways) + found * bool(near)
+
+
+def some_of(paths, folder):
+    """Return the first ten of some paths as text, relative to a folder that they are in."""
+    return ", ".join(str(path.relative_to(folder)) for path in paths[:10]) + ", ..." * (len(paths) > 10)
 
 
 def check_columns(table, args):
     """Exit with code 2 unless both columns are there and one holds images."""
     columns, feature = ", ".join(table.column_names), table.features.get(args.image_column)
     flags = {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    stop_if([f"{flag} {name}: the columns are {columns}" for flag, name in flags.items() if name not in table.features])
+    missing = [f"{flag} {name}" for flag, name in flags.items() if name not in table.column_names]
+    local = PictureFolder.of(args) if missing else None
+    stop_if([f"{flag}: the columns are {columns}{local.hint() if local else ''}" for flag in missing])
     if not isinstance(feature, datasets.Image):
         stop_if([f"--image_column {args.image_column}: holds {feature}, not images"])
     captions = table.features[args.caption_column]
@@ -1237,14 +1385,38 @@ def tokenize(tokenizer, texts):
 
 
 def read_pictures(table, args):
-    """Read every picture's file once; with --skip_bad_rows decode each too, unless an earlier run did.
+    """Read every picture's file, unless an earlier run did; with --skip_bad_rows decode each too.
 
-    Returns a fingerprint of the data set, which changes with any caption and any byte of a picture, and a dictionary:
-    number of a row -> what is wrong with its picture.
+    Returns a fingerprint of the data set, which changes with any caption and any byte of a picture; a dictionary:
+    number of a row -> what is wrong with its picture; and, with --aspect_buckets, the pictures' sizes.
     """
+    fingerprint, bad = hash_pictures(table, args)
+    if not (args.skip_bad_rows or args.aspect_buckets):
+        return fingerprint, bad, None
+    with exit_on(OSError):
+        found = measure_pictures(table, args, fingerprint)
+    bad = {number: fault for number, fault in enumerate(found["fault"]) if fault} | bad
+    return fingerprint, dict(sorted(bad.items())), found["size"][:] if args.aspect_buckets else None
+
+
+def hash_pictures(table, args):
+    """Return a hash of all captions and pictures, and what is wrong with which file; see `read_pictures`.
+
+    The hash is remembered by the size and modification time of every file. Files changed in the last two seconds are
+    not trusted: another change might leave both as they are.
+    """
+    started, files = time.time(), table.cast_column(args.image_column, datasets.Image(decode=False))
+    stats = [stat_of(path) for path in (*(file["filename"] for file in table.cache_files), *paths_of(table, args))]
+    key = hashlib.sha256(repr(stats).encode())
+    for caption in table[args.caption_column]:
+        key.update(repr(caption).encode())
+    memory = cache_folder(args) / f"read-{key.hexdigest()[:16]}.json"
+    if known := sd_config.read_json(memory).get("fingerprint"):
+        if args.dry_run:
+            print(f"note: pictures not read again, as sizes and times of modification are those in {memory}")
+        return known, {}
     read, bad = hashlib.sha256(), {}
-    files = table.cast_column(args.image_column, datasets.Image(decode=False))
-    for number, row in enumerate(files):
+    for number, row in enumerate(tqdm(files, desc="Reading every picture", delay=2)):
         picture = row[args.image_column] or {}
         path, content = picture.get("path"), picture.get("bytes")
         try:
@@ -1257,29 +1429,70 @@ def read_pictures(table, args):
         content = content or b""
         read.update(repr((row[args.caption_column], len(content))).encode() + content)
     fingerprint = read.hexdigest()[:16]
-    if args.skip_bad_rows:
-        file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"bad-rows-{fingerprint}.arrow")
+    if not bad and max(time for *_, time in stats) < started - 2:
+        with contextlib.suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps({"fingerprint": fingerprint}))
+    return fingerprint, bad
 
-        def decoding_faults(numbers):
-            try:
-                to_rgb(table[numbers[0]][args.image_column])
-                return [""]
-            except MemoryError:
-                raise
-            except Exception as error:  # a decoder may raise anything on a broken file
-                return [f"{type(error).__name__}: {error}"]
 
-        with exit_on(OSError):
-            faults = map_once(decoding_faults, len(table), 1, file, "Decoding every picture")
-        bad = {number: fault for number, fault in enumerate(faults["values"]) if fault} | bad
-    return fingerprint, dict(sorted(bad.items()))
+def paths_of(table, args):
+    """Return the path of every row's picture, or None where the table itself holds the picture."""
+    files = table.cast_column(args.image_column, datasets.Image(decode=False))
+    pictures = files.data.column(args.image_column)
+    paths, held = (pyarrow.compute.struct_field(pictures, name) for name in ("path", "bytes"))
+    return pyarrow.compute.if_else(held.is_null(), paths, None).to_pylist()
+
+
+def stat_of(path):
+    """Return path, size and modification time of a file: what tells that it was changed."""
+    try:
+        found = os.stat(path)
+    except (OSError, TypeError):  # there is none, or the table holds the picture
+        return path, 0, 0.0
+    return path, found.st_size, found.st_mtime
+
+
+def cache_folder(args):
+    """Return the folder for what is remembered of data sets."""
+    return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE)
+
+
+def measure_pictures(table, args, fingerprint):
+    """Return a data set with the `size` (width, height) of every row's picture, upright, and its `fault`, or "".
+
+    With --skip_bad_rows each is decoded; otherwise only its header is read, as far as its format has one.
+    """
+    files = table.cast_column(args.image_column, datasets.Image(decode=False))
+
+    def measure_picture(number):
+        try:
+            held = files[number][args.image_column]
+            if args.skip_bad_rows or "://" in (held["path"] or ""):
+                return to_rgb(table[number][args.image_column]).size, ""
+            with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as image:
+                on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return image.size[::-1] if on_its_side else image.size, ""
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything on a broken file
+            return (0, 0), f"{type(error).__name__}: {error}"
+
+    def measure(numbers):
+        sizes, faults = zip(*map(measure_picture, numbers), strict=True)
+        return {"size": [*sizes], "fault": [*faults]}
+
+    kind = "decoded" if args.skip_bad_rows else "opened"
+    file = cache_folder(args) / f"{kind}-{fingerprint}-{PIL.__version__}.arrow"
+    what = "Decoding every picture" if args.skip_bad_rows else "Measuring every picture"
+    return map_once(measure, len(table), 16, file, what)
 
 
 def map_once(function, count, batch_size, file, description):
-    """Return a data set whose column `values` holds the results of `function` for 0 to `count` - 1.
+    """Return a data set that holds the results of `function` for 0 to `count` - 1.
 
     It is computed once and kept in `file`, which is written under another name, and renamed when whole. `function` maps
-    a list of `batch_size` numbers to a list of values or an array of rows.
+    a list of `batch_size` numbers to a dictionary of columns, each as long.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
@@ -1288,7 +1501,7 @@ def map_once(function, count, batch_size, file, description):
         except Exception:  # damaged, as by a power cut
             file.unlink()
     return datasets.Dataset.from_dict({"number": range(count)}).map(
-        lambda batch: {"values": function(batch["number"])},
+        lambda batch: function(batch["number"]),
         batched=True,
         batch_size=batch_size,
         remove_columns="number",
@@ -1305,19 +1518,23 @@ def name_row(table, number, args):
     return f"row {number}" + (f" ({path})" if path else "")
 
 
-def to_pixels(image, resolution, interpolation, crop=None):
-    """Return a picture as a square float32 tensor in [-1, 1], shape (3, resolution, resolution).
+def to_pixels(image, shape, interpolation, crop=None):
+    """Return a picture as a float32 tensor in [-1, 1], shape (3, height, width); `shape` is (height, width).
 
-    The shorter side is resized to `resolution`, with PIL's filter `interpolation`. `crop` places the square along the
-    longer one: fractions in [0, 1) of the free space above it and to its left; None centres it.
+    It is resized with PIL's filter `interpolation`, until it just covers this shape, and cropped along one side. `crop`
+    places the crop: fractions in [0, 1) of the free space above it and to its left; None centres it.
     """
-    image = TF.resize(to_rgb(image), resolution, InterpolationMode(interpolation))
+    image, (height, width) = to_rgb(image), shape
+    covering = height, int(height * image.width / image.height)
+    if image.width * height < image.height * width:
+        covering = int(width * image.height / image.width), width
+    image = TF.resize(image, covering, InterpolationMode(interpolation))
     if crop is None:
-        image = TF.center_crop(image, resolution)
+        image = TF.center_crop(image, shape)
     else:
-        rooms = (image.height - resolution + 1, image.width - resolution + 1)
+        rooms = (image.height - height + 1, image.width - width + 1)
         top, left = (int(fraction * room) for fraction, room in zip(crop, rooms, strict=True))
-        image = TF.crop(image, top, left, resolution, resolution)
+        image = TF.crop(image, top, left, height, width)
     return TF.to_tensor(image) * 2 - 1
 
 
@@ -1354,8 +1571,10 @@ class Encoded:
 
     def __init__(self, stream, plan, frozen, accelerator):
         rows, args, ids = stream.rows, stream.args, tokenize(stream.tokenizer, stream.rows.texts)
-        self.views, self.latent_shape = plan.views, stream.latent_shape
+        self.views = plan.views
         transform = args.resolution, args.image_interpolation_mode, plan.views
+        if args.aspect_buckets:
+            transform += ([rows.shapes[number] for number in rows.kept],)
         models = [hashlib.sha256(save(part.state_dict())).digest() for part in (frozen.vae, frozen.text_encoder)]
         key = (rows.fingerprint, rows.kept, transform, ids.tolist(), models)
         folder = plan.encoded / f"encoded-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
@@ -1364,10 +1583,12 @@ class Encoded:
         def encode_views(indices):  # mirrors pictures, not latents: encoding does not commute with mirroring
             pictures = [stream.load_pixels(rows.kept[index]) for index in indices]
             views = [view for picture in pictures for view in (picture, picture.flip(-1))[: plan.views]]
-            return frozen.encode_pictures(torch.stack(views)).flatten(1).cpu().numpy()
+            runs = [torch.stack([*run]) for _, run in itertools.groupby(views, lambda view: view.shape)]  # of one shape
+            moments = [row for run in runs for row in frozen.encode_pictures(run).flatten(1).cpu().numpy()]
+            return {"values": moments}
 
         def encode_texts(numbers):
-            return frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()
+            return {"values": frozen.encode_captions(ids[numbers]).flatten(1).cpu().numpy()}
 
         batch = max(1, min(4, 4 * 512**2 // args.resolution**2))  # large pictures take no more memory than those
         locked = functools.partial(sd_config.lock, folder, folder, wait=True)  # another run may be making the same
@@ -1385,18 +1606,18 @@ class Encoded:
         self.pictures = pictures.with_format("torch")  # per row: its picture and, with --random_flip, the mirror image
         self.captions = captions.with_format("torch")  # in the order of Rows.texts
 
-    def look_up(self, index, flipped, caption):
-        """Return the encodings that a sample of row `index` needs, in the shapes that `Frozen.encode` takes."""
+    def look_up(self, index, flipped, caption, shape):
+        """Return the encodings that a sample of row `index` needs, its latents of this `shape`, for `Frozen.encode`."""
         moments = self.pictures[self.views * index + int(flipped)]["values"]
         hidden_states = self.captions[self.numbers[caption]]["values"]
-        return {"moments": moments.view(2, *self.latent_shape), "encoder_hidden_states": hidden_states.view(77, -1)}
+        return {"moments": moments.view(2, *shape), "encoder_hidden_states": hidden_states.view(77, -1)}
 
 
 # -- Validation: the loss on rows kept out of training, and pictures of the prompts --------------------------
 
 
 def encode_held_out(stream, frozen):
-    """Return the samples of --validation_samples as a batch on the host: moments, hidden states, noise, timesteps.
+    """Return the samples of --validation_samples, on the host: moments, hidden states, noise, timestep; each a batch.
 
     They depend on the data set and their number only. Row i of n has timestep (i + 1/2) T / n, rounded down: random
     timesteps would dominate the measurement, as the loss depends so much on them.
@@ -1411,8 +1632,9 @@ def encode_held_out(stream, frozen):
             "moments": frozen.encode_pictures(pixel_values[None])[0].cpu(),
             "encoder_hidden_states": frozen.encode_captions(input_ids)[0].cpu(),
         }
-        samples.append(stream.draw(index, "held out") | {"timesteps": torch.tensor(timestep)} | encoded)
-    return torch.utils.data.default_collate(samples)
+        sample = stream.draw(index, number, "held out") | {"timesteps": torch.tensor(timestep)} | encoded
+        samples.append({name: value[None] for name, value in sample.items()})
+    return samples
 
 
 @torch.no_grad()
@@ -1422,8 +1644,8 @@ def measure(run, name):
         return
     plain = {option: run.loss_options[option] for option in ("alphas_cumprod", "prediction_type")}
     device, losses = run.accelerator.device, []
-    for index in range(len(run.stream.rows.held_out)):  # one at a time always fits, and always rounds alike
-        sample = {key: values[index : index + 1].to(device) for key, values in run.held_out.items()}
+    for sample in run.held_out:  # one at a time always fits, and always rounds alike
+        sample = {name: value.to(device) for name, value in sample.items()}
         with run.accelerator.autocast():
             losses.append(diffusion_loss(run.unet, *run.frozen.encode(sample), sample, **plain))
     value = torch.stack(losses).mean().item()

@@ -26,7 +26,8 @@ def stream_of(assets, photos):
     def make(rows=photos, seed=3, **changed):
         args = argparse.Namespace(**vars(sd_config.parse_args(["--resolution=64"])) | changed)
         captions = [trainer.list_captions(caption) for caption in rows["text"]]
-        rows = trainer.Rows(rows, fingerprint="", bad={}, held_out=[], kept=list(range(len(rows))), captions=captions)
+        kept, shapes = list(range(len(rows))), [(64, 64)] * len(rows)
+        rows = trainer.Rows(rows, fingerprint="", bad={}, held_out=[], kept=kept, captions=captions, shapes=shapes)
         return trainer.SampleStream(rows, tokenizer, args, seed, (4, 8, 8), 1000)
 
     return make
@@ -123,12 +124,12 @@ def test_what_is_drawn_follows_its_distribution(stream_of):
 
 def test_pixels_are_square_in_range_and_cropped_where_asked():
     image = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (50, 1)))
-    centre = trainer.to_pixels(image, 40, "nearest")
+    centre = trainer.to_pixels(image, (40, 40), "nearest")
     assert centre.shape == (3, 40, 40) and centre.dtype == torch.float32
-    white, black = (trainer.to_pixels(Image.new("L", (9, 9), v), 8, "box") for v in (255, 0))
+    white, black = (trainer.to_pixels(Image.new("L", (9, 9), v), (8, 8), "box") for v in (255, 0))
     assert white.unique().tolist() == [1] and black.unique().tolist() == [-1]
-    left = trainer.to_pixels(image, 50, "nearest", crop=(0, 0))
-    right = trainer.to_pixels(image, 50, "nearest", crop=(0.999, 0.999))
+    left = trainer.to_pixels(image, (50, 50), "nearest", crop=(0, 0))
+    right = trainer.to_pixels(image, (50, 50), "nearest", crop=(0.999, 0.999))
     grey = ((left + 1) * 127.5).round()[0, 0], ((right + 1) * 127.5).round()[0, 0]
     assert grey[0].tolist() == list(range(50)) and grey[1].tolist() == list(range(50, 100))
 
@@ -260,7 +261,7 @@ def test_a_data_set_of_the_hub_is_asked_for_with_every_flag(photos, monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or photos)
     hub = ("--dataset_name=a/b", "--dataset_config_name=c", "--train_data_dir=d", "--cache_dir=/tmp")
     for flags in ((), hub):
-        assert trainer.read_dataset(sd_config.parse_args([*flags])) is photos
+        assert trainer.read_dataset(sd_config.parse_args([*flags]), None) is photos
     assert asked == [
         (("lambdalabs/naruto-blip-captions", None), {"data_dir": None, "split": "train", "cache_dir": None}),
         (("a/b", "c"), {"data_dir": "d", "split": "train", "cache_dir": "/tmp"}),

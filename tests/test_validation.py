@@ -24,9 +24,9 @@ def loss_by_hand(run, base, unet, prediction_type):
     scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
     rows, losses = run.stream.rows, []
     for index, number in enumerate(rows.held_out):
-        noise, posterior_noise = (run.held_out[name][index][None] for name in ("noise", "posterior_noise"))
+        noise, posterior_noise = (run.held_out[index][name] for name in ("noise", "posterior_noise"))
         timestep = torch.tensor([[125, 375, 625, 875][index]])
-        picture = trainer.to_pixels(rows.table[number]["image"], 64, "bilinear")
+        picture = trainer.to_pixels(rows.table[number]["image"], (64, 64), "bilinear")
         ids = trainer.tokenize(run.stream.tokenizer, [rows.captions[number][0]])
         with torch.no_grad():
             posterior = vae.encode(picture[None]).latent_dist
@@ -74,8 +74,8 @@ def test_rows_kept_out_are_never_trained_on_and_the_same_for_every_seed(train):
         stream = result.run.stream
         shown = {stream.rows.kept[stream.index(position)] for position in range(40)}
         assert not shown & set(stream.rows.held_out)
-    for name in one.run.held_out:
-        assert torch.equal(one.run.held_out[name], other.run.held_out[name])
+    for sample, same in zip(one.run.held_out, other.run.held_out, strict=True):
+        assert_same(sample, same)
     assert one.logs[0] == other.logs[0]
 
 

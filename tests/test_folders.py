@@ -1,0 +1,173 @@
+"""Folders of pictures as users have them: what is read, and what a run says about the rest."""
+
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import assert_same, only, trainer
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".avif": "AVIF", ".bmp": "BMP"}
+CATS = {"one.png": None, "two.jpg": None, "one.txt": "a cat", "two.txt": "a dog"}
+LISTED = '{"file_name": "one.png", "text": "a bird"}\n{"file_name": "two.jpg", "text": "a fish"}\n'
+BARE = {"one.png": None, "two.jpg": None}
+ASKS = "--caption_column text: the columns are image. Captions of a folder of pictures are given in one of three ways:"
+NEAR = "  found, but not read under this name or in this place: "
+
+
+def picture(name, size=(80, 72)):
+    """The bytes of a picture that depends on its name, in the format of its suffix."""
+    noise = np.random.default_rng(list(name.encode())).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, FORMATS[os.path.splitext(name)[1].lower()])
+    return content.getvalue()
+
+
+def fill(folder, files):
+    """Write files by their names; None stands for a picture."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = picture(path.name) if content is None else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+# What a folder holds -> the captions of its rows in their order, and what is said besides; or the error.
+FOLDERS = {
+    "captions in .txt": (CATS, ["a cat", "a dog"], []),
+    "several captions": (CATS | {"one.txt": "a cat\n\n a black cat \r\n"}, [["a cat", "a black cat"], "a dog"], []),
+    "byte order mark": (CATS | {"one.txt": "\ufeffun café"}, ["un café", "a dog"], []),
+    "suffixes of any case, and new formats": (
+        {"B.JPG": None, "a.AVIF": None, "c.webp": None, "B.TXT": "b", "a.txt": "a", "c.txt": "c"},
+        ["b", "a", "c"],
+        [],
+    ),
+    "dots in names": ({"a.b.png": None, "a.png": None, "a.txt": "a", "a.b.txt": "ab"}, ["ab", "a"], []),
+    "subfolders": ({f"x/{name}": CATS[name] for name in CATS} | CATS, ["a cat", "a dog"] * 2, []),
+    "hidden files and a Mac's": (
+        CATS | {".cache/x.png": None, "._one.png": "?", "__MACOSX/._two.jpg": "?", ".DS_Store": "?"},
+        ["a cat", "a dog"],
+        [],
+    ),
+    "kohya's": (
+        {f"10_naruto/{name}": CATS[name] for name in CATS},
+        ["a cat", "a dog"],
+        ["10_naruto: every picture counts once; the number of repeats in a folder's name is not applied"],
+    ),
+    ".txt without a picture": (
+        CATS | {"prompts.txt": "?"},
+        ["a cat", "a dog"],
+        ["1 .txt file(s) belong to no picture: prompts.txt"],
+    ),
+    "metadata and .txt": (
+        CATS | {"metadata.jsonl": LISTED},
+        ["a bird", "a fish"],
+        ["the captions are those of metadata.jsonl; the .txt files beside pictures are not read"],
+    ),
+    "pictures that metadata does not list": (
+        BARE | {"metadata.jsonl": LISTED, "three.png": None, "x/four.png": None},
+        ["a bird", "a fish"],
+        [f"2 of 4 pictures are not listed in metadata.jsonl, and not trained on: three.png, {os.path.join('x', 'four.png')}"],
+    ),
+    "metadata.csv": (BARE | {"metadata.csv": 'file_name,text\none.png,"a, b"\ntwo.jpg,c\n'}, ["a, b", "c"], []),
+    "a picture without a caption": (
+        {f"{n:02}.png": None for n in range(13)} | {"00.txt": "a", "12.txt": " \n"},
+        SystemExit,
+        [f"{{folder}}: 12 of 13 pictures have no caption in a .txt file beside them: {', '.join(f'{n:02}.png' for n in range(1, 11))}, ..."],
+    ),
+    "captions that are not UTF-8": (
+        CATS | {"two.txt": "café".encode("latin-1")},
+        SystemExit,
+        ["{folder}/two.txt: cannot be read as UTF-8 text: "],
+    ),
+    "no captions": (BARE, SystemExit, [ASKS]),
+    "a misspelled metadata file": (BARE | {"metadata.json1": LISTED}, SystemExit, [ASKS, NEAR + "{folder}/metadata.json1"]),
+    "one file with all captions": (BARE | {"captions.txt": "?"}, SystemExit, [ASKS, NEAR + "{folder}/captions.txt"]),
+    "kohya's metadata": (BARE | {"meta_cap.json": "{}"}, SystemExit, [ASKS, NEAR + "{folder}/meta_cap.json"]),
+    "metadata one level up": (BARE | {"../metadata.jsonl": LISTED}, SystemExit, [ASKS, NEAR + "{above}/metadata.jsonl"]),
+    "kohya's .caption files": (BARE | {"one.caption": "a"}, SystemExit, [ASKS, NEAR + "{folder}/one.caption"]),
+    "captions in another column": (
+        BARE | {"metadata.jsonl": LISTED.replace("text", "prompt")},
+        SystemExit,
+        ["--caption_column text: the columns are image, prompt"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+@pytest.mark.parametrize("files, captions, says", FOLDERS.values(), ids=FOLDERS)
+def test_folders_as_users_have_them(train, tmp_path, capfd, monkeypatch, flag, files, captions, says):
+    folder = fill(tmp_path / "above/photos", files)
+    read, original = [], trainer.load_rows
+    monkeypatch.setattr(trainer, "load_rows", lambda *args: read.append(original(*args)) or read[-1])
+    flags = (f"{flag}={folder}", "--dry_run")
+    if captions is SystemExit:
+        with pytest.raises(SystemExit) as exit_info:
+            train(*flags, data=None)
+        assert exit_info.value.code == 2
+        lines = capfd.readouterr().err.splitlines()
+        first, *rest = (text.format(folder=folder, above=folder.parent) for text in says)
+        assert only([line for line in lines if line.startswith("error: ")]).startswith(f"error: {first}")
+        assert all(line in lines for line in rest), lines
+        return
+    train(*flags, data=None)
+    assert only(read).captions == [[text] if isinstance(text, str) else text for text in captions]
+    notes = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {text}" for text in says]
+
+
+def test_captions_in_txt_give_the_samples_of_the_same_captions_in_metadata(train, tmp_path):
+    names = [f"{name}.{suffix}" for name, suffix in zip("acbd", ("png", "jpg", "webp", "bmp"), strict=True)]
+    captions = {name: f"a picture called {name}" for name in names}
+    beside = fill(tmp_path / "beside", {name: None for name in names} | {f"{n[0]}.txt": captions[n] for n in names})
+    lines = [json.dumps({"file_name": name, "text": captions[name]}) for name in sorted(names)]
+    listed = fill(tmp_path / "listed", {name: None for name in names} | {"metadata.jsonl": "\n".join(lines)})
+    for cache in ("off", "on"):
+        flags = ("--random_flip", "--center_crop", f"--cache_latents={cache}", "--max_train_steps=3", "--train_batch_size=2")
+        runs = [train(*flags, data=data, output=f"{data.name}-{cache}") for data in (beside, listed)]
+        streams = [result.run.stream for result in runs]
+        assert bool(streams[0].encoded) == (cache == "on")
+        for position in range(12):
+            assert_same(streams[0][position], streams[1][position])
+        assert runs[0].logs[3]["train/loss"] == runs[1].logs[3]["train/loss"]
+
+
+def test_rows_have_one_order_on_every_file_system(train, tmp_path, monkeypatch):
+    folder = fill(tmp_path / "photos", CATS | {"x/a.png": None, "x/a.txt": "x", "B.png": None, "B.txt": "b"})
+    found, shuffled = [], trainer.glob.glob
+    for order in (1, -1):
+        monkeypatch.setattr(trainer.glob, "glob", lambda *args, **kwargs: sorted(shuffled(*args, **kwargs))[::order])
+        local = trainer.PictureFolder(folder)
+        found.append([path.relative_to(folder).as_posix() for path in local.pictures])
+    assert found == [["B.png", "one.png", "two.jpg", "x/a.png"]] * 2
+
+
+def test_tars_of_webdataset_are_read(train, tmp_path):
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as tar:
+        for name, content in (("a.jpg", picture("a.jpg")), ("a.txt", b"a cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    flags = ("--image_column=jpg", "--caption_column=txt", "--max_train_steps=1", "--train_batch_size=2")
+    for flag in ("dataset_name", "train_data_dir"):
+        result = train(f"--{flag}={tmp_path / 'shards'}", *flags, data=None, output=flag)
+        assert result.run.stream.rows.captions == [["a cat"]]
+
+
+def test_workers_that_are_spawned_read_such_a_folder(train, tmp_path):
+    """As on Windows and macOS, where they get the rows as a pickle."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        flags = (f"--train_data_dir={fill(tmp_path / 'photos', CATS)}", "--max_train_steps=2", "--train_batch_size=2")
+        one, other = (train(*flags, f"--dataloader_num_workers={n}", data=None, output=str(n)) for n in (0, 1))
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert one.logs[2]["train/loss"] == other.logs[2]["train/loss"]
