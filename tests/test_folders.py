@@ -129,7 +129,13 @@ def test_captions_in_txt_give_the_samples_of_the_same_captions_in_metadata(train
     lines = [json.dumps({"file_name": name, "text": captions[name]}) for name in sorted(names)]
     listed = fill(tmp_path / "listed", {name: None for name in names} | {"metadata.jsonl": "\n".join(lines)})
     for cache in ("off", "on"):
-        flags = ("--random_flip", "--center_crop", f"--cache_latents={cache}", "--max_train_steps=3", "--train_batch_size=2")
+        flags = (
+            "--random_flip",
+            "--center_crop",
+            f"--cache_latents={cache}",
+            "--max_train_steps=3",
+            "--train_batch_size=2",
+        )
         runs = [train(*flags, data=data, output=f"{data.name}-{cache}") for data in (beside, listed)]
         streams = [result.run.stream for result in runs]
         assert bool(streams[0].encoded) == (cache == "on")
