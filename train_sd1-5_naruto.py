@@ -1327,15 +1327,17 @@ class PictureFolder:
         if not self.pictures or self.metadata:
             return ""
         name, folder = self.pictures[0].name, self.folder
-        ways = (
+        lines = [
+            ". Captions of a folder of pictures are given in one of three ways:",
             f"beside {name}, a {Path(name).stem}.txt with its caption (or several, one a line)",
             f'a {folder / "metadata.jsonl"} with lines like {{"file_name": "{name}", "text": "a caption"}}',
             f"a {folder / 'metadata.csv'} with the first line file_name,text",
-        )
+        ]
         near = [path for path in sorted(folder.glob("*")) if re.search(r"meta|capt|\.(jsonl?|csv|txt)", path.name)]
         near += sorted(folder.absolute().parent.glob("metadata.*"))
-        found = "\n  found, but not read under this name or in this place: " + ", ".join(map(str, near[:10]))
-        return ". Captions of a folder of pictures are given in one of three ways:\n  " + "\n  ".join(ways) + found * bool(near)
+        if near:
+            lines.append(f"found, but not read under this name or in this place: {', '.join(map(str, near[:10]))}")
+        return "\n  ".join(lines)
 
 
 def some_of(paths, folder):
@@ -1402,14 +1404,13 @@ def read_pictures(table, args):
 def hash_pictures(table, args):
     """Return a hash of all captions and pictures, and what is wrong with which file; see `read_pictures`.
 
-    The hash is remembered by the size and modification time of every file. Files changed in the last two seconds are
-    not trusted: another change might leave both as they are.
+    The hash is remembered by all captions and the size and modification time of every file, unless a picture was
+    changed in the last two seconds: another change might leave both as they are.
     """
     started, files = time.time(), table.cast_column(args.image_column, datasets.Image(decode=False))
-    stats = [stat_of(path) for path in (*(file["filename"] for file in table.cache_files), *paths_of(table, args))]
-    key = hashlib.sha256(repr(stats).encode())
-    for caption in table[args.caption_column]:
-        key.update(repr(caption).encode())
+    pictures, key = [stat_of(path) for path in paths_of(table, args)], hashlib.sha256()
+    for fact in (*pictures, *(stat_of(file["filename"]) for file in table.cache_files), *table[args.caption_column]):
+        key.update(repr(fact).encode())
     memory = cache_folder(args) / f"read-{key.hexdigest()[:16]}.json"
     if known := sd_config.read_json(memory).get("fingerprint"):
         if args.dry_run:
@@ -1429,7 +1430,7 @@ def hash_pictures(table, args):
         content = content or b""
         read.update(repr((row[args.caption_column], len(content))).encode() + content)
     fingerprint = read.hexdigest()[:16]
-    if not bad and max(time for *_, time in stats) < started - 2:
+    if not bad and max(changed for *_, changed in pictures) < started - 2:
         with contextlib.suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             memory.write_text(json.dumps({"fingerprint": fingerprint}))

@@ -135,7 +135,7 @@ def test_other_shapes_change_only_the_noise_of_samples(train, mixed):
         same = [name for name in one if one[name].shape == other[name].shape and torch.equal(one[name], other[name])]
         assert {"input_ids", "timesteps", "noise_offset"} <= {*same}
         assert with_flag.index(position) == without.index(position)
-        channels, height, width = one["noise"].shape
+        _, height, width = one["noise"].shape
         assert one["pixel_values"].shape == (3, 8 * height, 8 * width)
         assert len(same) == len(one) or height != width
         shapes[height, width] += 1
