@@ -297,11 +297,11 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """Return the sample at `position` (from 0) as a dictionary of tensors without a batch dimension."""
-        args, drawn = self.args, self.draw(position, self.rows.kept[self.index(position)])
-        choice, dropout, top, left, flip = drawn.pop("choices").tolist()
-        index, flipped = self.index(position), args.random_flip and flip < 0.5
+        args, index = self.args, self.index(position)
         number = self.rows.kept[index]
-        captions = self.rows.captions[number]
+        drawn = self.draw(position, number)
+        choice, dropout, top, left, flip = drawn.pop("choices").tolist()
+        flipped, captions = args.random_flip and flip < 0.5, self.rows.captions[number]
         caption = "" if dropout < args.caption_dropout else captions[int(choice * len(captions))]
         if self.encoded:
             return self.encoded.look_up(index, flipped, caption, drawn["noise"].shape) | drawn
@@ -600,8 +600,8 @@ def describe_step(run, step, loss, grad_norm):
     """Describe a step that was not finite and so changed no weights: its loss, norm and samples."""
     size, stream = run.plan.effective_batch, run.stream
     positions = range((step - 1) * size, (step - 1) * size + min(size, 64))
-    numbers = {p: stream.rows.kept[stream.index(p)] for p in positions}
-    seen = [f"{number} ({int(stream.draw(p, number)['timesteps'])})" for p, number in numbers.items()]
+    numbers = [stream.rows.kept[stream.index(p)] for p in positions]
+    seen = [f"{n} ({int(stream.draw(p, n)['timesteps'])})" for p, n in zip(positions, numbers, strict=True)]
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}. It changed no weights.\n"
         f"Its rows (and timesteps): {', '.join(seen)}{', ...' if size > 64 else ''}.\n"

@@ -90,7 +90,10 @@ MODES = [
     Mode(
         "S1", "ours, one by one", "ours", 4, f"{TUTORIAL} --use_8bit_adam --mixed_precision bf16 --micro_batch_size 1"
     ),
-    Mode("F", "ours, fast but not compiled", "ours", 4, f"{FAST} --mixed_precision bf16", FAST),
+    *(
+        Mode(name, "ours, fast but not compiled", "ours", batch, f"{FAST} --mixed_precision bf16", FAST)
+        for name, batch in (("F", 4), ("F16", 16))
+    ),
     *(
         Mode(name, "ours, the fast recipe", "ours", batch, f"{FAST} --mixed_precision bf16 --torch_compile", FAST)
         for name, batch in (("C", 4), ("D32", 32), ("D64", 64))
@@ -147,6 +150,7 @@ def parse_args():
     add("--resolution", type=int, default=512 if gpu else 96, help="side of the pictures trained on")
     add("--pictures", type=int, default=1221 if gpu else 128, help="how many JPEGs to draw")
     add("--side", type=int, default=1080 if gpu else 200, help="their side in pixels")
+    add("--ratios", type=float, nargs="*", default=[1], help="of width to height of the pictures, in turn")
     add("--seconds_warmup", type=float, default=60, help="from the end of the first step on")
     add("--window", type=float, default=20, help="seconds that a window has at least")
     add("--windows", type=int, default=3, help="how many")
@@ -194,9 +198,10 @@ class Bench:
 
     def __init__(self, options, work):
         self.options, self.work, self.gpu, self.plain = options, work, torch.cuda.is_available(), {}
-        kind, name = "full" if options.full else "small", f"pictures-{options.pictures}-{options.side}"
+        kind = "full" if options.full else "small"
+        name = "-".join(map(str, ("pictures", options.pictures, options.side, *options.ratios)))
         self.model = options.model or once(work / f"model-{kind}", build_model, options.full)
-        self.pictures = once(work / name, draw_pictures, options.pictures, options.side)
+        self.pictures = once(work / name, draw_pictures, options.pictures, options.side, options.ratios)
         # The tutorial's script validates after its first epoch, whatever it is told: it gets an epoch that outlasts the
         # windows, of the same pictures.
         self.repeated = once(work / f"{name}-repeated", repeat_pictures, self.pictures, 5000)
@@ -349,20 +354,21 @@ def build_model(folder, full):
             kind.from_config(kind.load_config(folder / name) | changes).save_pretrained(folder / name)
 
 
-def draw_pictures(folder, count, side):
+def draw_pictures(folder, count, side, ratios):
     """Draw captioned JPEGs."""
     names = [f"{number:05}.jpg" for number in range(count)]
+    sizes = [(round(side * ratio**0.5), round(side / ratio**0.5)) for ratio in ratios]
     with multiprocessing.Pool() as pool:
-        pool.starmap(draw_picture, [(folder / name, number, side) for number, name in enumerate(names)])
+        pool.starmap(draw_picture, [(folder / name, i, sizes[i % len(sizes)]) for i, name in enumerate(names)])
     write_captions(folder, names)
 
 
-def draw_picture(path, number, side):
+def draw_picture(path, number, size):
     """Draw smooth colours, shapes of all sizes and a little grain, as photographs have them."""
     draws, picture = np.random.default_rng(number), 0
-    for cells, strength in ((3, 0.5), (12, 0.3), (60, 0.15), (side, 0.05)):
+    for cells, strength in ((3, 0.5), (12, 0.3), (60, 0.15), (min(size), 0.05)):
         noise = Image.fromarray(draws.integers(256, size=(cells, cells, 3), dtype=np.uint8))
-        picture += strength * np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+        picture += strength * np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32)
     Image.fromarray(picture.astype(np.uint8)).save(path, quality=95)
 
 
