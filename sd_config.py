@@ -1066,7 +1066,8 @@ def compare_runs(saved, plan, now, data):
     changes = {f"--{name}": (now[name], before.get(name)) for name in TRAINING}
     if now["lr_scheduler"] not in ("constant", "constant_with_warmup"):
         changes[f"steps that --lr_scheduler {now['lr_scheduler']} stretches over"] = (plan.max_steps, saved.max_steps)
-    warnings = [f"{name}: {then} so far, {here} from here" for name, (here, then) in changes.items() if here != then]
+    changed = {name: pair for name, pair in changes.items() if (pair[0] or None) != (pair[1] or None)}
+    warnings = [f"{name}: {then} so far, {here} from here" for name, (here, then) in changed.items()]
     return problems, warnings
 
 

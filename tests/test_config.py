@@ -26,7 +26,7 @@ NONE = """
 OFF = """
     center_crop random_flip gradient_checkpointing scale_lr dream_training use_8bit_adam allow_tf32 use_ema
     enable_xformers_memory_efficient_attention overwrite_output_dir dry_run skip_bad_rows torch_compile low_memory
-    offload_ema
+    offload_ema aspect_buckets
 """
 DEFAULTS = {
     **dict.fromkeys(NONE.split()),
@@ -275,6 +275,8 @@ REFUSED = [
     "--caption_column=image | --caption_column image | is --image_column too",
     "--cache_dir=file | --cache_dir file | is a file",
     "--cache_latents=on | --cache_latents on | add --center_crop",
+    "--aspect_buckets --resolution=72 | --resolution 72 | must be a multiple of 64 with --aspect_buckets",
+    "--aspect_buckets --torch_compile | --torch_compile | for every shape of --aspect_buckets",
     "--train_batch_size=3 --gradient_accumulation_steps=2 --micro_batch_size=4 | --micro_batch_size 4 "
     "| must be a divisor of --train_batch_size x --gradient_accumulation_steps = 6, or auto",
     "--low_memory --mixed_precision=fp16 | --mixed_precision fp16 | --low_memory needs bf16",
@@ -332,6 +334,7 @@ def test_refused(refuse, case):
 ACCEPTED = [
     f"{BASE}=base",
     "--dataset_name=photos --train_data_dir=portraits",
+    "--aspect_buckets --resolution=320",
     "--lr_scheduler=polynomial --learning_rate=2e-7",
     "--lr_scheduler=cosine --learning_rate=1e-7",
     "--dataset_config_name=en",
@@ -687,6 +690,7 @@ def test_what_changes_nothing_is_not_spoken_of():
     assert compare("--dataloader_num_workers=3 --checkpointing_steps=7 --validation_epochs=2") == ([], [])
     assert compare("--max_train_steps=50 --report_to=none --validation_prompts") == ([], [])
     assert compare("--prediction_type=epsilon") == ([], [])
+    assert compare(args={"aspect_buckets": None}) == ([], []), "a checkpoint that was saved before there was the flag"
 
 
 def test_every_flag_is_known_to_change_the_training_or_not_to():
