@@ -379,6 +379,8 @@ def resolve(args, given, problems, notices):
     mode, modes = os.environ.get("SWANLAB_MODE"), ("online", "cloud", "offline", "local", "disabled")
     if args.report_to == "swanlab" and mode and mode not in modes:
         problems.append(f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}")
+    if args.report_to == "swanlab" and mode == "local" and not importlib.util.find_spec("swanboard"):
+        problems.append('SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"')
     if args.image_column == args.caption_column:
         problems.append(f"--caption_column {args.caption_column}: is --image_column too")
     if args.cache_dir is not None and os.path.isfile(args.cache_dir):

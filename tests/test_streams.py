@@ -1,5 +1,6 @@
 """Whatever ends a run: first it saves, then it speaks; and a stream that has died, or lacks a letter, ends nothing."""
 
+import importlib.util
 import os
 import pty
 import signal
@@ -105,6 +106,18 @@ def test_an_unknown_mode_of_swanlab_is_refused_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         sd_config.parse_args(["--lr_warmup_steps=0"])
     assert (end.value.code, "SWANLAB_MODE bogus: must be one of online" in capsys.readouterr().err) == (2, True)
+
+
+def test_swanlabs_dashboard_is_asked_for_before_the_run(monkeypatch, capsys):
+    """SwanLab itself would only print an error, and record nothing."""
+    installed = {"swanlab": importlib.util.find_spec("swanlab")}
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    with pytest.raises(SystemExit):
+        sd_config.parse_args(["--lr_warmup_steps=0"])
+    assert 'SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"' in capsys.readouterr().err
+    installed["swanboard"] = installed["swanlab"]
+    sd_config.parse_args(["--lr_warmup_steps=0"])
 
 
 @pytest.mark.parametrize(
