@@ -2,12 +2,14 @@
 
 Each picture starts from noise drawn on the CPU by its own seed, so it does not depend on how many are asked
 for, nor (up to rounding) on the device. Its PNG carries the prompt and all settings as text. The trainer draws
-its validation pictures with the functions below, and loads its models with them.
+its validation pictures with the functions below, and loads its models with them. With `--single_file`, the pipeline
+becomes one file for other programs instead.
 """
 
 import itertools
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -29,6 +31,9 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# AUTOMATIC1111's names of them (its modules/sd_samplers_*.py), which has no DDPM.
+SAMPLERS = ("PLMS", "DDIM", None, "Euler", "Euler a", "Heun", "DPM++ 2M", "UniPC")
+SAMPLERS = dict(zip(SCHEDULERS.values(), SAMPLERS, strict=True))
 
 # fmt: off
 FLAGS = {
@@ -36,6 +41,8 @@ FLAGS = {
         ("model_path", "./sd-naruto-model", PATH, "Folder of a diffusers pipeline, or a Hub id (owner/name)."),
         ("checkpoint", None, PATH,
          "Draw with the UNet of this checkpoint folder, on the base model that it was trained from."),
+        ("single_file", None, PATH, "Write the pipeline into this new .safetensors file, in the layout that ComfyUI, "
+         "AUTOMATIC1111 and Forge read, and draw nothing."),
         ("prompt", ["Lebron James with a hat"], "+", "One or more prompts."),
         ("negative_prompt", None, str, "What the pictures should not show."),
         ("output", "result.png", PATH, "File to write; for several pictures, NAME-0.png, NAME-1.png …"),
@@ -47,7 +54,8 @@ FLAGS = {
         ("width", None, integer(8, 4096, multiple_of=8), "Width in pixels. Default: the model's own."),
         ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
         ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
-        ("dtype", None, choice("fp32", "fp16", "bf16"), "Precision. Default: fp16 on CUDA, else fp32."),
+        ("dtype", None, choice("fp32", "fp16", "bf16"),
+         "Precision. Default: fp16 on CUDA and with --single_file, else fp32."),
     ]
 }
 # fmt: on
@@ -89,14 +97,23 @@ def resolve(args, given, problems):
     if args.negative_prompt is not None and args.guidance_scale <= 1:
         problems.append("--negative_prompt: has no effect without guidance; give a --guidance_scale above 1")
 
-    problems.extend(f"--output {args.output}: {problem}" for problem in resolve_output(args))
+    flag = "output" if args.single_file is None else "single_file"
+    if flag == "single_file" and (drawing := given - {flag, "model_path", "checkpoint", "dtype"}):
+        problems.append(f"--{flag}: draws nothing; leave out {', '.join(f'--{name}' for name in sorted(drawing))}")
+    problems.extend(f"--{flag} {getattr(args, flag)}: {problem}" for problem in resolve_output(args))
 
 
 def resolve_output(args):
     """List in `args` the files to write, and yield what keeps them from being written, if anything does."""
-    output, count = Path(args.output), args.num_images * len(args.prompt)
-    if output.suffix.lower() != ".png":
-        yield "must end in .png: only PNGs hold the settings as text"
+    output, count, ends = (
+        Path(args.output),
+        args.num_images * len(args.prompt),
+        ".png: only PNGs hold the settings as text",
+    )
+    if args.single_file is not None:
+        output, count, ends = Path(args.single_file), 1, ".safetensors: other programs know the format by it"
+    if output.suffix.lower() != ends.partition(":")[0]:
+        yield f"must end in {ends}"
         return
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
@@ -104,8 +121,8 @@ def resolve_output(args):
         yield "a name in it is longer than 255 bytes"
     elif any(map(os.path.isdir, args.outputs)) or any(map(os.path.isfile, output.parents)):
         yield "is a folder, or a folder in its path is a file"
-    elif existing and count > 1:
-        yield f"would overwrite {existing}; move them away, or choose another name"
+    elif existing and (count > 1 or args.single_file is not None):
+        yield f"would overwrite {existing}; move away what is there, or choose another name"
     elif not os.access(folder := sd_config.disk_of(output.parent), os.W_OK | os.X_OK):
         yield f"no permission to write in {folder}"
 
@@ -123,13 +140,37 @@ import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The original layout: where its parts stand, and modules that it names otherwise than diffusers does, or the same.
+# fmt: off
+PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model",
+         "text_encoder": "cond_stage_model.transformer.text_model"}
+RENAMED = {
+    "unet.conv_in": "input_blocks.0.0", "unet.conv_norm_out": "out.0", "unet.conv_out": "out.2",
+    "unet.time_embedding.linear_1": "time_embed.0", "unet.time_embedding.linear_2": "time_embed.2",
+    "unet.resnets.norm1": "in_layers.0", "unet.resnets.conv1": "in_layers.2", "unet.resnets.norm2": "out_layers.0",
+    "unet.resnets.conv2": "out_layers.3", "unet.resnets.time_emb_proj": "emb_layers.1",
+    "unet.resnets.conv_shortcut": "skip_connection", "unet.downsamplers.conv": "op",
+    "vae.encoder.conv_norm_out": "encoder.norm_out", "vae.decoder.conv_norm_out": "decoder.norm_out",
+    "vae.resnets.conv_shortcut": "nin_shortcut", "vae.attentions.group_norm": "norm", "vae.attentions.to_q": "q",
+    "vae.attentions.to_k": "k", "vae.attentions.to_v": "v", "vae.attentions.to_out.0": "proj_out",
+}
+# fmt: on
+SAME = r"""unet\.upsamplers\.conv | unet\.attentions\.(norm | proj_in | proj_out
+    | transformer_blocks\.\d+\.(norm[123] | attn[12]\.to_([qkv]|out\.0) | ff\.net\.(0\.proj|2)))
+    | vae\.((post_)?quant_conv | (en|de)coder\.conv_(in|out) | resnets\.(norm|conv)[12] | (down|up)samplers\.conv)
+    | text_encoder\.(embeddings\.(token|position)_embedding | final_layer_norm
+    | encoder\.layers\.\d+\.(layer_norm[12] | mlp\.fc[12] | self_attn\.([qkv]|out)_proj))"""
 
 
 def main(args):
-    """Draw every picture that `args` asks for, and write it as a PNG with its settings."""
+    """Draw every picture that `args` asks for, and write it as a PNG with its settings; or write the single file."""
     quiet_libraries()
+    if args.single_file is not None:
+        write_single_file(args)
+        return
     device = choose_device(args.device)
     dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
     print(f"Loading {args.checkpoint or args.model_path} ({dtype} on {device})")
@@ -258,6 +299,7 @@ def draw(pipeline, path, settings, text):
     said = {name: value for name, value in (settings | text).items() if value is not None}
     said = json.dumps(said, default=str, ensure_ascii=False).encode(errors="backslashreplace")  # a path may not be text
     chunks.add_itxt(sd_config.PNG_TEXT, said)  # in one chunk that only we read: ComfyUI takes `prompt` for its own JSON
+    chunks.add_text("parameters", parameters(settings, text, type(pipeline.scheduler).__name__))
     part = path.with_name(f".{os.getpid()}.png")
     try:
         image.save(part, pnginfo=chunks)
@@ -266,6 +308,22 @@ def draw(pipeline, path, settings, text):
         part.unlink(missing_ok=True)
         raise sd_config.WriteError(f"{path} cannot be written: {error}") from error
     return image
+
+
+def parameters(settings, text, scheduler):
+    """Return `draw`'s arguments as AUTOMATIC1111 writes them, for itself, Civitai and ComfyUI: prompts, and a line.
+
+    The format is that of AUTOMATIC1111's `create_infotext` (modules/processing.py) and `quote` (infotext_utils.py).
+    """
+    folder = Path(os.path.abspath(text.get("checkpoint") or text.get("model_path") or os.sep))
+    model = f"{folder.parent.name}/{folder.name}" if text.get("checkpoint") else folder.name
+    line = {"Steps": settings["num_inference_steps"], "Sampler": SAMPLERS.get(scheduler)}
+    line |= {"CFG scale": max(1, settings["guidance_scale"]), "Seed": settings["seed"]}  # 1 is without guidance there
+    line |= {"Size": f"{settings['width']}x{settings['height']}", "RNG": "CPU"}  # of the starting noise
+    line["Model"] = json.dumps(model, ensure_ascii=False) if re.search("[,:\n]", model) else model
+    line = ", ".join(f"{name}: {value}" for name, value in line.items() if value not in (None, ""))
+    negative = f"\nNegative prompt: {settings['negative_prompt']}" if settings.get("negative_prompt") else ""
+    return f"{settings['prompt']}{negative}\n{line}".strip().encode(errors="backslashreplace").decode()
 
 
 def settings_of(image):
@@ -328,6 +386,92 @@ def wrap(text, font, width):
         if all(font.getlength(line) <= width for line in lines):
             break
     return "\n".join(lines)
+
+
+def write_single_file(args):
+    """Write the pipeline that `args` describes as one file in the original layout. All is done on the CPU."""
+    path, dtype = args.outputs[0], args.dtype or "fp16"
+    print(f"Loading {args.checkpoint or args.model_path}")
+    pipeline = open_pipeline(args, torch.float32)
+    restore_precision(pipeline, "--model_path", args.base.get("variant"))  # which ends this if its files lack tensors
+    tensors = original_layout(pipeline, DTYPES[dtype])
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with sd_config.exit_on(sd_config.WriteError, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with sd_config.written_whole(path.parent / f".{os.getpid()}", path, size) as hidden:
+            save_file(tensors, hidden / path.name, known_run(args) | {"format": "pt"})
+            sd_config.flush(hidden)
+            (hidden / path.name).rename(path)
+            hidden.rmdir()
+    print(f"{path}: {len(tensors)} tensors in {dtype}, {sd_config.gigabytes(size)}")
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        yaml = f"{path.with_suffix('.yaml')}, its v1-inference.yaml with `parameterization: v` under `params`"
+        print(f"note: it predicts v: AUTOMATIC1111 needs beside it {yaml}; ComfyUI, the node ModelSamplingDiscrete")
+
+
+def known_run(args):
+    """Return seed, step and base model, as texts, of a checkpoint's run, or of the run that made an export."""
+    file, folders = Path(args.model_path, "unet/diffusion_pytorch_model.safetensors"), [args.checkpoint]
+    if args.checkpoint is None:  # the one that has the same UNet
+        entry = [file.stat().st_size, sd_config.checksum(file)] if file.is_file() else None
+        saved = {
+            path: sd_config.read_json(path / sd_config.MANIFEST) for path in sd_config.checkpoints(args.model_path)
+        }
+        folders = [path for path, manifest in saved.items() if entry in manifest.values()]
+    state = sd_config.read_json(Path(folders[-1], sd_config.STATE)) if folders else {}
+    known = {name: str(state[name]) for name in ("seed", "step", "base_model") if name in state}
+    return {name: os.path.basename(text) if os.path.isabs(text) else text for name, text in known.items()}
+
+
+def original_layout(pipeline, dtype):
+    """Return a pipeline's tensors in `dtype` by their names in the original layout, that of CompVis' latent diffusion.
+
+    Exits with code 2 at a name that has no place in it, and at a value too large for `dtype`.
+    """
+    tensors = {}
+    for part, prefix in PARTS.items():
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            module, _, kind = name.removeprefix("text_model.").rpartition(".")  # a prefix that some versions add
+            original = original_name(pipeline, part, module) if kind in ("weight", "bias") else None
+            if original is None:
+                sd_config.stop(f"--single_file: the original layout has no place for {name} of the {part}")
+            name, cast = f"{prefix}.{original}.{kind}", tensor.to(dtype)
+            if (cast.isinf() & tensor.isfinite()).any():
+                sd_config.stop(f"--single_file: {name} has values too large for {dtype}; give --dtype bf16 or fp32")
+            # The VAE's only matrices are those of its attention, which there is made of convolutions of 1 x 1.
+            tensors[name] = cast[..., None, None] if part == "vae" and cast.ndim == 2 else cast
+    return tensors
+
+
+def original_name(pipeline, part, module):
+    """Return the name of a module of one of the `PARTS` in the original layout, or None if that has no place for it.
+
+    It counts the UNet's layers over all levels, with downsampling as one, and the VAE's levels from the largest.
+    """
+    place, kind, inner = "", part, module
+    if block := re.fullmatch(r"(?:(encoder|decoder)\.)?(down|mid|up)_blocks?\.?(\d*)\.(\w+)\.(\d+)\.(.+)", module):
+        coder, side, i, kind, j, inner = block.groups()
+        i, j, kind, owner = int(i or 0), int(j), f"{part}.{kind}", getattr(pipeline, part)
+        blocks = getattr(getattr(owner, coder) if coder else owner, f"{side}_blocks", ())  # the middle has none
+        first, after = (sum(len(level.resnets) for level in blocks[:end]) for end in (i, i + 1))
+        level, last = len(blocks) - 1 - i if side == "up" else i, 1 + hasattr((*blocks, None)[i], "attentions")
+        place = {
+            "unet.resnets.down": f"input_blocks.{first + i + j + 1}.0.",
+            "unet.attentions.down": f"input_blocks.{first + i + j + 1}.1.",
+            "unet.downsamplers.down": f"input_blocks.{after + i + 1}.0.",
+            "unet.resnets.mid": f"middle_block.{2 * j}.",
+            "unet.attentions.mid": f"middle_block.{2 * j + 1}.",
+            "unet.resnets.up": f"output_blocks.{first + j}.0.",
+            "unet.attentions.up": f"output_blocks.{first + j}.1.",
+            "unet.upsamplers.up": f"output_blocks.{after - 1}.{last}.",
+            f"vae.resnets.{side}": f"{coder}.{side}.{level}.block.{j}.",
+            f"vae.{side}samplers.{side}": f"{coder}.{side}.{level}.{side}sample.",
+            "vae.resnets.mid": f"{coder}.mid.block_{j + 1}.",
+            "vae.attentions.mid": f"{coder}.mid.attn_1.",
+        }.get(f"{kind}.{side}")
+    name = f"{kind}.{inner}"
+    inner = inner if re.fullmatch(SAME, name, re.VERBOSE) else RENAMED.get(name)
+    return None if place is None or inner is None else place + inner
 
 
 if __name__ == "__main__":

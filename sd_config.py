@@ -457,6 +457,10 @@ def resolve_model(args, problems, notices):
 def pipeline_problems(flag, name):
     """Return what keeps a local folder from being a pipeline like SD1.5's, as far as its index tells."""
     folder, index = Path(name), Path(name, INDEX)
+    if folder.is_file() and folder.suffix in (".safetensors", ".ckpt"):
+        lines = f"from diffusers import StableDiffusionPipeline\nStableDiffusionPipeline.from_single_file({name!r})"
+        lines += f".save_pretrained({str(folder.with_suffix('')) + '-folder'!r})"
+        return [f"{flag} {name}: is one file; give the folder that two lines of Python make of it:\n{lines}"]
     if not folder.is_dir():
         return [f"{flag} {name}: no such folder (a Hub model is written owner/name)"]
     if not index.is_file():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import types
 from pathlib import Path
@@ -344,9 +345,10 @@ def test_a_picture_says_in_one_chunk_who_drew_it(draw):
     """Which no other program takes for its own; one drawn before had a chunk for each setting."""
     new, old, foreign = only(draw("--prompt=火影")).path, Path("old.png"), Path("foreign.png")
     with Image.open(new) as image:
-        assert [*image.text] == ["sd_naruto"]
+        assert [*image.text] == ["sd_naruto", "parameters"]
         assert json.loads(image.text["sd_naruto"])["prompt"] == "火影"
-    for path, texts in ((old, {"prompt": "a", "seed": "1", "num_inference_steps": "2"}), (foreign, {"prompt": "{}"})):
+        theirs = {"prompt": "{}", "parameters": image.text["parameters"]}
+    for path, texts in ((old, {"prompt": "a", "seed": "1", "num_inference_steps": "2"}), (foreign, theirs)):
         chunks = PngInfo()
         for name, value in texts.items():
             chunks.add_itxt(name, value)
@@ -355,6 +357,75 @@ def test_a_picture_says_in_one_chunk_who_drew_it(draw):
     Path("sd_naruto.png").write_bytes(b"sd_naruto")
     mine = [path for path in sorted(Path().glob("*.png")) if sd_config.drawn_by_us(path)]
     assert mine == [old, new]
+
+
+def read_parameters(text):
+    """The settings in a text as AUTOMATIC1111 shows it under its pictures: a parser from the format's description.
+
+    First come the lines of the prompt; after a line that begins with "Negative prompt:", those of the negative one. The
+    last line holds at least three settings such as `Steps: 20`, between commas. A value that contains a comma, a colon
+    or a line break is a JSON string, and one such as 512x768 counts as two. White space around lines is lost.
+    """
+    *lines, last = text.strip().split("\n")
+    found = re.findall(r'\s*([\w][\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(found) >= 3
+    settings = {name: json.loads(value) if value[:1] == '"' else value for name, value in found}
+    begin = next((at for at, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[begin:]).removeprefix("Negative prompt:")
+    return settings | {"Prompt": "\n".join(lines[:begin]), "Negative prompt": negative.strip()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({}, {"Sampler": "PLMS", "Steps": "2", "Seed": "5", "CFG scale": "7.5", "Size": "64x64", "RNG": "CPU"}),
+        (
+            {"height": 72, "width": 128, "scheduler": "euler_a", "num_inference_steps": 3},
+            {"Size": "128x72", "Steps": "3"},
+        ),
+        ({"guidance_scale": 3.25, "negative_prompt": "blurry, Steps: 4, bad\nhands"}, {"CFG scale": "3.25"}),
+        ({"guidance_scale": 0}, {"CFG scale": "1"}),  # at which both programs leave guidance out, as here below 1
+        ({"prompt": "a cat: black, white\nat 木ノ葉 🍥, IDAT", "negative_prompt": "dog"}, {}),
+        ({"prompt": "a très nice cat"}, {}),
+        ({"prompt": ""}, {}),
+    ],
+    ids=["plain", "settings", "negative prompt", "no guidance", "texts", "Latin-1", "no prompt"],
+)
+def test_parameters_are_read_as_automatic1111_writes_them(draw, monkeypatch, flags, says):
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    path = only(draw(*(f"--{name}={value}" for name, value in flags.items()))).path
+    with Image.open(path) as image:
+        found = read_parameters(image.text["parameters"])
+    assert sd_config.drawn_by_us(path)
+    texts = {"Prompt": flags.get("prompt", PROMPT), "Negative prompt": flags.get("negative_prompt", "")}
+    assert found == found | says | texts
+    assert found.keys() == {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG", *texts}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_parameters_name_the_sampler_as_automatic1111_does(draw, monkeypatch, name):
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    names = {"pndm": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun"}
+    names |= {"dpm++": "DPM++ 2M", "unipc": "UniPC"}
+    with Image.open(only(draw(f"--scheduler={name}")).path) as image:
+        assert read_parameters(image.text["parameters"]).get("Sampler") == names.get(name)
+
+
+def test_parameters_name_the_model(draw, checkpoint, assets, monkeypatch):
+    """A comma or colon in a name needs quotes, and what is not UTF-8 in the path of this folder must not stop it."""
+    monkeypatch.setattr(infer, "sample", lambda *args, **kwargs: Image.new("RGB", (64, 64)))
+    named, odd = Path('a, "b": c'), Path("odd-\udce9")
+    named.symlink_to(assets[0])
+    shutil.copytree(assets[0], odd)
+
+    def name(*flags, **model):
+        with Image.open(only(draw(*flags, **model)).path) as image:
+            return read_parameters(image.text["parameters"])["Model"]
+
+    assert name(model=named) == 'a, "b": c'
+    assert name(f"--checkpoint={checkpoint()}", model=None) == f"{checkpoint().parent.name}/checkpoint-1"
+    monkeypatch.chdir(odd)
+    assert name(model=".") == "odd-\\udce9"
 
 
 def test_single_picture_is_overwritten(draw):
