@@ -31,9 +31,8 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# AUTOMATIC1111's names of them (its modules/sd_samplers_*.py), which has no DDPM.
+# AUTOMATIC1111's names of them, in this order (its modules/sd_samplers_*.py); it has no DDPM.
 SAMPLERS = ("PLMS", "DDIM", None, "Euler", "Euler a", "Heun", "DPM++ 2M", "UniPC")
-SAMPLERS = dict(zip(SCHEDULERS.values(), SAMPLERS, strict=True))
 
 # fmt: off
 FLAGS = {
@@ -54,8 +53,7 @@ FLAGS = {
         ("width", None, integer(8, 4096, multiple_of=8), "Width in pixels. Default: the model's own."),
         ("scheduler", None, choice(*SCHEDULERS), "Sampler. Default: the pipeline's own."),
         ("device", None, str, "Where to compute: cuda, mps, cpu, cuda:1, ... Default: the best there is."),
-        ("dtype", None, choice("fp32", "fp16", "bf16"),
-         "Precision. Default: fp16 on CUDA and with --single_file, else fp32."),
+        ("dtype", None, choice("fp32", "fp16", "bf16"), "Precision. Default: fp16 on CUDA or in one file, else fp32."),
     ]
 }
 # fmt: on
@@ -105,15 +103,10 @@ def resolve(args, given, problems):
 
 def resolve_output(args):
     """List in `args` the files to write, and yield what keeps them from being written, if anything does."""
-    output, count, ends = (
-        Path(args.output),
-        args.num_images * len(args.prompt),
-        ".png: only PNGs hold the settings as text",
-    )
-    if args.single_file is not None:
-        output, count, ends = Path(args.single_file), 1, ".safetensors: other programs know the format by it"
-    if output.suffix.lower() != ends.partition(":")[0]:
-        yield f"must end in {ends}"
+    one = args.single_file is not None
+    output, count = (Path(args.single_file), 1) if one else (Path(args.output), args.num_images * len(args.prompt))
+    if output.suffix.lower() != (".safetensors" if one else ".png"):
+        yield "must end in .safetensors" if one else "must end in .png: only PNGs hold the settings as text"
         return
     args.outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     existing = ", ".join(str(path) for path in args.outputs if os.path.exists(path))
@@ -121,7 +114,7 @@ def resolve_output(args):
         yield "a name in it is longer than 255 bytes"
     elif any(map(os.path.isdir, args.outputs)) or any(map(os.path.isfile, output.parents)):
         yield "is a folder, or a folder in its path is a file"
-    elif existing and (count > 1 or args.single_file is not None):
+    elif existing and (count > 1 or one):
         yield f"would overwrite {existing}; move away what is there, or choose another name"
     elif not os.access(folder := sd_config.disk_of(output.parent), os.W_OK | os.X_OK):
         yield f"no permission to write in {folder}"
@@ -144,20 +137,16 @@ from safetensors.torch import save_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The original layout: where its parts stand, and modules that it names otherwise than diffusers does, or the same.
-# fmt: off
-PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model",
-         "text_encoder": "cond_stage_model.transformer.text_model"}
-RENAMED = {
-    "unet.conv_in": "input_blocks.0.0", "unet.conv_norm_out": "out.0", "unet.conv_out": "out.2",
-    "unet.time_embedding.linear_1": "time_embed.0", "unet.time_embedding.linear_2": "time_embed.2",
-    "unet.resnets.norm1": "in_layers.0", "unet.resnets.conv1": "in_layers.2", "unet.resnets.norm2": "out_layers.0",
-    "unet.resnets.conv2": "out_layers.3", "unet.resnets.time_emb_proj": "emb_layers.1",
-    "unet.resnets.conv_shortcut": "skip_connection", "unet.downsamplers.conv": "op",
-    "vae.encoder.conv_norm_out": "encoder.norm_out", "vae.decoder.conv_norm_out": "decoder.norm_out",
-    "vae.resnets.conv_shortcut": "nin_shortcut", "vae.attentions.group_norm": "norm", "vae.attentions.to_q": "q",
-    "vae.attentions.to_k": "k", "vae.attentions.to_v": "v", "vae.attentions.to_out.0": "proj_out",
-}
-# fmt: on
+PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model"}
+PARTS["text_encoder"] = "cond_stage_model.transformer.text_model"
+RENAMED = {"unet.conv_in": "input_blocks.0.0", "unet.conv_norm_out": "out.0", "unet.conv_out": "out.2"}
+RENAMED |= {"unet.time_embedding.linear_1": "time_embed.0", "unet.time_embedding.linear_2": "time_embed.2"}
+RENAMED |= {"unet.resnets.norm1": "in_layers.0", "unet.resnets.conv1": "in_layers.2", "unet.downsamplers.conv": "op"}
+RENAMED |= {"unet.resnets.norm2": "out_layers.0", "unet.resnets.conv2": "out_layers.3"}
+RENAMED |= {"unet.resnets.time_emb_proj": "emb_layers.1", "unet.resnets.conv_shortcut": "skip_connection"}
+RENAMED |= {f"vae.{coder}.conv_norm_out": f"{coder}.norm_out" for coder in ("encoder", "decoder")}
+RENAMED |= {"vae.resnets.conv_shortcut": "nin_shortcut", "vae.attentions.group_norm": "norm"}
+RENAMED |= {"vae.attentions.to_out.0": "proj_out"} | {f"vae.attentions.to_{name}": name for name in "qkv"}
 SAME = r"""unet\.upsamplers\.conv | unet\.attentions\.(norm | proj_in | proj_out
     | transformer_blocks\.\d+\.(norm[123] | attn[12]\.to_([qkv]|out\.0) | ff\.net\.(0\.proj|2)))
     | vae\.((post_)?quant_conv | (en|de)coder\.conv_(in|out) | resnets\.(norm|conv)[12] | (down|up)samplers\.conv)
@@ -317,7 +306,8 @@ def parameters(settings, text, scheduler):
     """
     folder = Path(os.path.abspath(text.get("checkpoint") or text.get("model_path") or os.sep))
     model = f"{folder.parent.name}/{folder.name}" if text.get("checkpoint") else folder.name
-    line = {"Steps": settings["num_inference_steps"], "Sampler": SAMPLERS.get(scheduler)}
+    sampler = dict(zip(SCHEDULERS.values(), SAMPLERS, strict=True)).get(scheduler)
+    line = {"Steps": settings["num_inference_steps"], "Sampler": sampler}
     line |= {"CFG scale": max(1, settings["guidance_scale"]), "Seed": settings["seed"]}  # 1 is without guidance there
     line |= {"Size": f"{settings['width']}x{settings['height']}", "RNG": "CPU"}  # of the starting noise
     line["Model"] = json.dumps(model, ensure_ascii=False) if re.search("[,:\n]", model) else model
@@ -411,14 +401,11 @@ def write_single_file(args):
 
 def known_run(args):
     """Return seed, step and base model, as texts, of a checkpoint's run, or of the run that made an export."""
-    file, folders = Path(args.model_path, "unet/diffusion_pytorch_model.safetensors"), [args.checkpoint]
-    if args.checkpoint is None:  # the one that has the same UNet
-        entry = [file.stat().st_size, sd_config.checksum(file)] if file.is_file() else None
-        saved = {
-            path: sd_config.read_json(path / sd_config.MANIFEST) for path in sd_config.checkpoints(args.model_path)
-        }
-        folders = [path for path, manifest in saved.items() if entry in manifest.values()]
-    state = sd_config.read_json(Path(folders[-1], sd_config.STATE)) if folders else {}
+    beside = [] if args.checkpoint else sd_config.checkpoints(args.model_path)
+    file = Path(args.model_path, "unet/diffusion_pytorch_model.safetensors")
+    entry = [file.stat().st_size, sd_config.checksum(file)] if beside and file.is_file() else None
+    same = [path for path in beside if entry in sd_config.read_json(path / sd_config.MANIFEST).values()]
+    state = sd_config.read_json(Path(args.checkpoint or same[-1], sd_config.STATE)) if args.checkpoint or same else {}
     known = {name: str(state[name]) for name in ("seed", "step", "base_model") if name in state}
     return {name: os.path.basename(text) if os.path.isabs(text) else text for name, text in known.items()}
 
@@ -431,27 +418,29 @@ def original_layout(pipeline, dtype):
     tensors = {}
     for part, prefix in PARTS.items():
         for name, tensor in getattr(pipeline, part).state_dict().items():
-            module, _, kind = name.removeprefix("text_model.").rpartition(".")  # a prefix that some versions add
-            original = original_name(pipeline, part, module) if kind in ("weight", "bias") else None
-            if original is None:
+            try:
+                original = f"{prefix}.{original_name(pipeline, part, name)}"
+            except KeyError:
                 sd_config.stop(f"--single_file: the original layout has no place for {name} of the {part}")
-            name, cast = f"{prefix}.{original}.{kind}", tensor.to(dtype)
-            if (cast.isinf() & tensor.isfinite()).any():
-                sd_config.stop(f"--single_file: {name} has values too large for {dtype}; give --dtype bf16 or fp32")
+            if ((cast := tensor.to(dtype)).isinf() & tensor.isfinite()).any():
+                sd_config.stop(f"--single_file: {original} overflows {dtype}; give --dtype bf16 or --dtype fp32")
             # The VAE's only matrices are those of its attention, which there is made of convolutions of 1 x 1.
-            tensors[name] = cast[..., None, None] if part == "vae" and cast.ndim == 2 else cast
+            tensors[original] = cast[..., None, None] if part == "vae" and cast.ndim == 2 else cast
     return tensors
 
 
-def original_name(pipeline, part, module):
-    """Return the name of a module of one of the `PARTS` in the original layout, or None if that has no place for it.
+def original_name(pipeline, part, name):
+    """Return the original layout's name of a tensor of one of the `PARTS`; raise a `KeyError` if it has none.
 
     It counts the UNet's layers over all levels, with downsampling as one, and the VAE's levels from the largest.
     """
-    place, kind, inner = "", part, module
-    if block := re.fullmatch(r"(?:(encoder|decoder)\.)?(down|mid|up)_blocks?\.?(\d*)\.(\w+)\.(\d+)\.(.+)", module):
-        coder, side, i, kind, j, inner = block.groups()
-        i, j, kind, owner = int(i or 0), int(j), f"{part}.{kind}", getattr(pipeline, part)
+    inner, _, kind = name.removeprefix("text_model.").rpartition(".")  # a prefix that some versions add
+    if kind not in ("weight", "bias"):
+        raise KeyError(kind)
+    place, group = "", part
+    if block := re.fullmatch(r"(?:(encoder|decoder)\.)?(down|mid|up)_blocks?\.?(\d*)\.(\w+)\.(\d+)\.(.+)", inner):
+        coder, side, i, group, j, inner = block.groups()
+        i, j, group, owner = int(i or 0), int(j), f"{part}.{group}", getattr(pipeline, part)
         blocks = getattr(getattr(owner, coder) if coder else owner, f"{side}_blocks", ())  # the middle has none
         first, after = (sum(len(level.resnets) for level in blocks[:end]) for end in (i, i + 1))
         level, last = len(blocks) - 1 - i if side == "up" else i, 1 + hasattr((*blocks, None)[i], "attentions")
@@ -468,10 +457,9 @@ def original_name(pipeline, part, module):
             f"vae.{side}samplers.{side}": f"{coder}.{side}.{level}.{side}sample.",
             "vae.resnets.mid": f"{coder}.mid.block_{j + 1}.",
             "vae.attentions.mid": f"{coder}.mid.attn_1.",
-        }.get(f"{kind}.{side}")
-    name = f"{kind}.{inner}"
-    inner = inner if re.fullmatch(SAME, name, re.VERBOSE) else RENAMED.get(name)
-    return None if place is None or inner is None else place + inner
+        }[f"{group}.{side}"]
+    renamed = inner if re.fullmatch(SAME, f"{group}.{inner}", re.VERBOSE) else RENAMED[f"{group}.{inner}"]
+    return f"{place}{renamed}.{kind}"
 
 
 if __name__ == "__main__":

@@ -367,6 +367,7 @@ def read_parameters(text):
     or a line break is a JSON string, and one such as 512x768 counts as two. White space around lines is lost.
     """
     *lines, last = text.strip().split("\n")
+    assert last.startswith("Steps: ")  # by which Civitai knows it
     found = re.findall(r'\s*([\w][\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
     assert len(found) >= 3
     settings = {name: json.loads(value) if value[:1] == '"' else value for name, value in found}

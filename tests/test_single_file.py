@@ -243,7 +243,9 @@ def test_what_overflows_is_an_error_that_names_the_tensor(models, convert, refus
         save_file(tensors, file, metadata={"format": "pt"})
         if value == 65520:
             problem = refused("--model_path=wide")
-            assert_says(problem, "--single_file: first_stage_model.decoder.conv_in.bias has … bf16 … fp32")
+            assert_says(
+                problem, "--single_file: first_stage_model.decoder.conv_in.bias overflows torch.float16; … bf16 … fp32"
+            )
             convert("--model_path=wide", "--dtype=bf16", "--single_file=bf16.safetensors")
     convert("--model_path=wide")
 
