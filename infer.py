@@ -137,8 +137,8 @@ from safetensors.torch import save_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The original layout: where its parts stand, and modules that it names otherwise than diffusers does, or the same.
-PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model"}
-PARTS["text_encoder"] = "cond_stage_model.transformer.text_model"
+LAYOUT = {"unet": "model.diffusion_model", "vae": "first_stage_model"}
+LAYOUT["text_encoder"] = "cond_stage_model.transformer.text_model"
 RENAMED = {"unet.conv_in": "input_blocks.0.0", "unet.conv_norm_out": "out.0", "unet.conv_out": "out.2"}
 RENAMED |= {"unet.time_embedding.linear_1": "time_embed.0", "unet.time_embedding.linear_2": "time_embed.2"}
 RENAMED |= {"unet.resnets.norm1": "in_layers.0", "unet.resnets.conv1": "in_layers.2", "unet.downsamplers.conv": "op"}
@@ -416,7 +416,7 @@ def original_layout(pipeline, dtype):
     Exits with code 2 at a name that has no place in it, and at a value too large for `dtype`.
     """
     tensors = {}
-    for part, prefix in PARTS.items():
+    for part, prefix in LAYOUT.items():
         for name, tensor in getattr(pipeline, part).state_dict().items():
             try:
                 original = f"{prefix}.{original_name(pipeline, part, name)}"
@@ -430,7 +430,7 @@ def original_layout(pipeline, dtype):
 
 
 def original_name(pipeline, part, name):
-    """Return the original layout's name of a tensor of one of the `PARTS`; raise a `KeyError` if it has none.
+    """Return the original layout's name of a tensor of one of the `LAYOUT`; raise a `KeyError` if it has none.
 
     It counts the UNet's layers over all levels, with downsampling as one, and the VAE's levels from the largest.
     """
