@@ -41,6 +41,7 @@ FROZEN_BYTES = 2_043_000_000  # SD1.5's VAE, text encoder and safety checker in 
 # Bytes that a step of SD1.5 takes besides weights, gradients, moments and EMA, by half precision and checkpointing,
 # with four samples of 512 x 512 at once, and hardly less with fewer: measured (tests/benchmarks/README.md).
 ACTIVATIONS = {(False, False): 4.3e9, (False, True): 1.1e9, (True, False): 3.5e9, (True, True): 0.7e9}
+DENOISING_STEPS = 20  # per validation picture
 # The names in an output folder. Logs lie in a folder that --logging_dir names.
 MANIFEST, STATE, INDEX, SAMPLES, LOCK = "manifest.json", "trainer_state.json", "model_index.json", "samples", ".lock"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
@@ -222,10 +223,13 @@ FLAGS = {
          "Prompts to draw during training. The flag alone, without prompts, draws none."),
         ("validation_guidance_scale", 7.5, real(0),
          "Strength of classifier-free guidance in these pictures; 1 or less turns it off."),
-        ("validation_samples", 0, integer(0), "Rows to keep out of training, on which every validation measures the "
-         "loss: always the same rows, noise and timesteps. A resumed run needs the same number."),
+        ("validation_negative_prompt", None, str, "What these pictures should not show."),
+        ("validation_samples", 0, integer(0), "Rows to keep out of training, on which every validation and checkpoint "
+         "measures the loss: always the same rows, noise and timesteps. The checkpoint with the lowest is kept besides "
+         "the limit. A resumed run needs the same number."),
         ("validation_epochs", 5, integer(1),
          "Epochs between two validations. The first comes after the first epoch, the last at the end."),
+        ("validation_steps", None, integer(1), "Steps between two validations, in place of --validation_epochs."),
     ],
     "logging": [
         ("report_to", "swanlab", choice("swanlab", "tensorboard", "wandb", "none"),
@@ -374,6 +378,8 @@ def resolve(args, given, problems, notices):
         problems.append(f"--{compiled[0]}: needs a C++ compiler, such as g++; name another in the variable CXX")
     if args.dream_training and args.prediction_type == "v_prediction":
         problems.append("--dream_training: defined for epsilon only; leave out --prediction_type v_prediction")
+    if args.validation_negative_prompt is not None and args.validation_guidance_scale <= 1:
+        problems.append("--validation_negative_prompt: has no effect without a --validation_guidance_scale above 1")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--learning_rate {args.learning_rate}: must be above 1e-7, where the polynomial schedule ends")
     mode, modes = os.environ.get("SWANLAB_MODE"), ("online", "cloud", "offline", "local", "disabled")
@@ -397,12 +403,14 @@ def ignored_flags(args, given):
     """Yield a notice for each of the flags given that changes nothing in this run."""
     if args.lr_scheduler == "constant" and "lr_warmup_steps" in given and args.lr_warmup_steps > 0:
         yield f"--lr_warmup_steps {args.lr_warmup_steps}: unused, `constant` has no warm-up (constant_with_warmup has)"
-    if {"max_train_steps", "num_train_epochs"} <= given:
-        yield f"--max_train_steps {args.max_train_steps} overrides --num_train_epochs {args.num_train_epochs}"
+    for steps, epochs in (("max_train_steps", "num_train_epochs"), ("validation_steps", "validation_epochs")):
+        if {steps, epochs} <= given:
+            yield f"--{steps} {getattr(args, steps)} overrides --{epochs} {getattr(args, epochs)}"
     drawn, tracked = args.validation_prompts, args.report_to != "none"
-    needs = {"dream_detail_preservation": args.dream_training, "validation_epochs": drawn or args.validation_samples}
-    needs |= {"validation_guidance_scale": drawn, "tracker_project_name": tracked, "logging_dir": tracked}
-    needs["offload_ema"] = args.use_ema
+    needs = {"dream_detail_preservation": args.dream_training, "offload_ema": args.use_ema}
+    needs |= dict.fromkeys(("validation_epochs", "validation_steps"), drawn or args.validation_samples)
+    needs |= dict.fromkeys(("validation_guidance_scale", "validation_negative_prompt"), drawn)
+    needs |= dict.fromkeys(("tracker_project_name", "logging_dir"), tracked)
     for flag in (flag for flag, used in needs.items() if flag in given and not used):
         yield f"--{flag} changes nothing in this run: what it adjusts is off"
 
@@ -475,9 +483,8 @@ def pipeline_problems(flag, name):
     problems = [f"{flag} {name}: has no folder {part}" for part in sorted(needed) if not (folder / part).is_dir()]
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     if ".FlowMatch" in expected.get("scheduler", ""):
-        problems.append(
-            f"{flag} {name}: its scheduler is {expected['scheduler']}, and Stable Diffusion 1.5 has no flow"
-        )
+        scheduler = expected["scheduler"]
+        problems.append(f"{flag} {name}: its scheduler is {scheduler}, and Stable Diffusion 1.5 has no flow")
     for part, kind in kinds.items():
         if part in expected and not expected[part].endswith(f".{kind}"):
             problems.append(f"{flag} {name}: its {part} is {expected[part]}, but must be {kind}")
@@ -595,6 +602,7 @@ class TrainerState:
     base_model: str  # Hub id or absolute path
     args: dict  # the flags, as plain values
     encoding: str | None = None  # name of the folder of what is encoded only once, or "" (None in older checkpoints)
+    losses: dict = dataclasses.field(default_factory=dict)  # on held-out rows, by step (a text) and by name
 
     def write(self, folder):
         """Write the state into a checkpoint's folder."""
@@ -785,14 +793,33 @@ def put_export_in_place(staging, output):
         flush(folder, within=False)
 
 
+def best_checkpoint(folders, new=None):
+    """Return folder, name and value of the lowest held-out loss that a whole checkpoint has of its own step, or Nones.
+
+    It is the loss of the averaged weights, where there are any, with which a checkpoint draws. Of equal ones, the later
+    counts. The checkpoint of step `new` was written just now, and is not verified.
+    """
+    found = []
+    for folder in folders:
+        with contextlib.suppress(KeyError, TypeError):  # not measured, or saved by an older version
+            losses = read_json(folder / STATE)["losses"][str(step_of(folder))]
+            name = "val/loss_ema" if "val/loss_ema" in losses else "val/loss"
+            found += [(losses[name], -step_of(folder), folder, name)] if losses[name] < math.inf else []
+    for loss, step, folder, name in sorted(found):
+        if -step == new or not find_damage(folder):
+            return folder, name, loss
+    return None, None, None
+
+
 def prune_checkpoints(output, limit, step, last_step):
-    """Keep the last `limit` whole checkpoints up to `step`, just saved. The one before was saved at `last_step`."""
+    """Keep the best and the last `limit` whole checkpoints up to `step`, just saved after the one of `last_step`."""
     past = [path for path in checkpoints(output) if step_of(path) <= step]
     # Checkpoints between these two are damaged, or the run would have resumed from one.
     damaged = [path for path in past if last_step < step_of(path) < step]
     whole = [path for path in past if path not in damaged]
+    kept = {*whole[-limit:], best_checkpoint(whole, new=step)[0]}
     try:
-        for old in (*damaged, *whole[:-limit]):
+        for old in (path for path in past if path not in kept):
             if strangers := foreign_files(old):
                 print(f"warning: {old} is kept: no run wrote {strangers[0].name} in it")
             else:
@@ -948,7 +975,16 @@ class Plan:
         self.steps_per_epoch = math.ceil(rows / self.effective_batch)
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
-        self.validates = bool(args.validation_prompts or args.validation_samples)
+        self.limit = (limit := args.checkpoints_total_limit) and limit + bool(args.validation_samples)  # with the best
+        first = args.validation_steps or self.steps_per_epoch
+        due = *range(first, self.max_steps, args.validation_steps or first * args.validation_epochs), self.max_steps
+        self.validations = frozenset(due if args.validation_prompts or args.validation_samples else ())
+        # The share of drawing in the UNet's passes, in forward ones of a sample, of the process that draws while others
+        # wait: a backward pass costs two of them, and checkpointing and DREAM one more each.
+        drawing = len(self.validations) * len(args.validation_prompts) * DENOISING_STEPS
+        drawing *= 1 + (args.validation_guidance_scale > 1)
+        training = self.max_steps * self.batch_per_process * (3 + args.gradient_checkpointing + args.dream_training)
+        self.drawing = drawing / (drawing + training)
         # Bytes: of what is trained, of a checkpoint, of the export.
         each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
@@ -997,10 +1033,8 @@ class Plan:
         return math.ceil(self.max_steps / interval) - step // interval if step < self.max_steps else 0
 
     def validates_after(self, step):
-        """Say whether a validation is due after `step`: after epochs 1, 1 + V, 1 + 2V, …, and at the end."""
-        epoch, remainder = divmod(step, self.steps_per_epoch)
-        regular = remainder == 0 and (epoch - 1) % self.args.validation_epochs == 0
-        return self.validates and step > 0 and (regular or step == self.max_steps)
+        """Say whether a validation is due after `step`: after epochs 1, 1 + V, … or N, 2N, … steps, and at the end."""
+        return step in self.validations
 
     def positions(self, step, rank=0):
         """Return the positions of the sample stream that process `rank` consumes in step `step`, from 0."""
@@ -1009,8 +1043,7 @@ class Plan:
 
     def __str__(self):
         args, saves, epoch = self.args, self.saves_from(0), self.steps_per_epoch
-        regular = range(epoch, self.max_steps, epoch * args.validation_epochs)  # and one at the end in any case
-        kept = min(saves, args.checkpoints_total_limit or saves)
+        kept = min(saves, self.limit or saves)
         sizes = f"{gigabytes(self.checkpoint_bytes)} each, {gigabytes(kept * self.checkpoint_bytes)} in all"
         memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
         encoding = f"pictures and captions, each time they are used ({self.encoded_why})"
@@ -1026,7 +1059,7 @@ class Plan:
             "encoding": encoding,
             "checkpoints": f"{saves}, {kept} of them kept: {sizes}",
             "export": gigabytes(self.export_bytes),
-            "validations": len(regular) + 1 if self.validates else 0,
+            "validations": f"{len(self.validations)}, drawing is {100 * self.drawing:.1f} % of the UNet's passes",
         }
         return "\n".join(f"  {name:15}  {text}" for name, text in lines.items())
 
@@ -1087,13 +1120,14 @@ def compare_disk(plan, step):
     kept = 0 if args.overwrite_output_dir else len(checkpoints(output))
     free = shutil.disk_usage(disk_of(output)).free + sum(map(size_on_disk, deletions(args)))
     saves, limit = plan.saves_from(step), args.checkpoints_total_limit
-    most = saves if limit is None else min(saves, max(1, limit + 1 - kept))  # old ones go after the new one is complete
+    # Old ones go after the new one is complete.
+    most = saves if limit is None else min(saves, max(1, plan.limit + 1 - kept))
     base = plan.export_bytes + (plan.encoded_missing if plan.encoded and not plan.encoded_apart else 0)
     least, total = (base + count * plan.checkpoint_bytes for count in (min(saves, 1 if kept else 2), most))
     sizes = f"{most} checkpoint(s) of {gigabytes(plan.checkpoint_bytes)}, an export of {gigabytes(plan.export_bytes)}"
     if free < least:
         return [f"--output_dir {output}: {gigabytes(free)} free, at least {gigabytes(least)} needed ({sizes})"], []
     if free < total or total > 100e9:
-        remedy = "another disk may have more" if limit and limit <= 2 else "--checkpoints_total_limit 2 keeps two"
+        remedy = "another disk may have more" if limit and limit <= 2 else "--checkpoints_total_limit 2 keeps fewer"
         return [], [f"{sizes}: {gigabytes(total)} in all, {gigabytes(free)} free; {remedy}"]
     return [], []

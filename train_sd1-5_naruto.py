@@ -84,7 +84,6 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SI
 EXPERIMENT_NAME = "SD1-5_火影忍者"
 OPTIMIZER = "optimizer.pt"  # the checkpoint file that holds AdamW's moments
 LOG_EVERY = 10  # steps between reads of the metrics, which make the host wait for the device
-DENOISING_STEPS = 20  # per validation picture
 # The out-of-memory messages of PyTorch's allocator, the CUDA driver, Triton, cuBLAS, cuDNN and CPU allocation.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
 # The others wait while rank 0 downloads, validates and saves: the default of ten minutes may be too short.
@@ -171,6 +170,9 @@ def check_plan(plan, saved, rows, settled, accelerator):
     if accelerator.device.type == "cuda":
         free, needed = sd_config.gigabytes(torch.cuda.mem_get_info()[0]), sd_config.gigabytes(plan.needed)
         accelerator.print(f"  GPU memory       {free} free, and an estimated {needed} needed")
+    if plan.drawing > 0.1:
+        remedy = "a larger --validation_steps (or --validation_epochs) draws fewer"
+        warnings.append(f"{100 * plan.drawing:.1f} % of the UNet's passes draw validation pictures; {remedy}")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:
@@ -386,7 +388,7 @@ def train(run):
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
     if run.step == 0:
-        measure(run, "val/loss_base")
+        measure(run)
         run.accelerator.wait_for_everyone()
     with Signals(run.accelerator) as signals:
         if run.plan.validates_after(run.step):
@@ -400,6 +402,7 @@ def train(run):
             if saves or validates or run.step % LOG_EVERY == 0:
                 run.progress.flush()
             if saves:
+                measure(run)  # first, so that the checkpoint knows its own loss
                 run.checkpoints.save(run)
             if validates:
                 validate(run, signals)
@@ -672,6 +675,12 @@ class Tracker:
                 pictures = [library.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
                 tracker.log({"validation": pictures}, step=step)
 
+    def summarise(self, values):
+        """Send what is known at the end: to wandb's summary; SwanLab has none, so to its configuration."""
+        for tracker in self.accelerator.trackers:
+            if place := {"wandb": "summary", "swanlab": "config"}.get(tracker.name):
+                getattr(tracker.run, place).update(values)
+
     def finish(self, code, step):
         """Close the tracker's run; SwanLab also learns from the exit code how it ended."""
         for tracker in self.accelerator.trackers:
@@ -813,12 +822,7 @@ def create_accelerator(args):
             ],
         )
         torch.empty(0, device=accelerator.device)
-    except (
-        ValueError,
-        ImportError,
-        RuntimeError,
-        AssertionError,
-    ) as error:  # an unknown device, or a precision that the device lacks
+    except (ValueError, ImportError, RuntimeError, AssertionError) as error:  # no such device, or not in this precision
         stop_if([f"the device, --mixed_precision {args.mixed_precision} or accelerate's configuration: {error}"])
     problems = []
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
@@ -854,6 +858,7 @@ class Run:
                 unet.to(memory_format=torch.channels_last)
         self.plan, self.args, self.accelerator = plan, args, accelerator
         self.step = 0  # steps done
+        self.losses = {}  # measured on held-out rows, as `TrainerState` has them
         self.consistent = True  # weights, moments, average and step number agree, so they may be saved
         self.frozen = Frozen(pipeline, accelerator)
         side, timesteps = args.resolution // pipeline.vae_scale_factor, len(noise_scheduler.alphas_cumprod)
@@ -1140,6 +1145,7 @@ def restore(run, saved):
     if run.plan.halves and run.plan.batch_per_process % saved.micro_batch_size == 0:
         run.micro_batch_size = saved.micro_batch_size
     run.step, run.checkpoints.last_step, run.progress.loss = saved.step, saved.step, saved.loss
+    run.losses = saved.losses
     where = f"step {run.step} of {run.plan.max_steps}, in micro-batches of {run.micro_batch_size}"
     run.accelerator.print(f"Resuming from {folder}: {where}")
     if run.stream.encoded and saved.encoding not in (None, "", run.stream.encoded.name):
@@ -1638,37 +1644,44 @@ def encode_held_out(stream, frozen):
     return samples
 
 
-@torch.no_grad()
-def measure(run, name):
-    """Log the plain loss (no offset, DREAM or min-SNR) on the rows kept out of training, if any, as `name`."""
-    if run.held_out is None:
+def measure(run):
+    """Measure and log the losses of weights and average on the rows kept out of training, if any, once a step."""
+    if run.held_out is None or str(run.step) in run.losses:
         return
+    losses = {"val/loss": held_out_loss(run)}
+    if run.average:
+        with averaged_weights(run):
+            losses["val/loss_ema"] = held_out_loss(run)
+    run.losses[str(run.step)] = losses
+    run.tracker.log(losses, run.step)
+    tqdm.write(f"Step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
+
+
+@torch.no_grad()
+def held_out_loss(run):
+    """Return the plain loss (no offset, DREAM or min-SNR) on the rows kept out of training."""
     plain = {option: run.loss_options[option] for option in ("alphas_cumprod", "prediction_type")}
     device, losses = run.accelerator.device, []
     for sample in run.held_out:  # one at a time always fits, and always rounds alike
         sample = {name: value.to(device) for name, value in sample.items()}
         with run.accelerator.autocast():
             losses.append(diffusion_loss(run.unet, *run.frozen.encode(sample), sample, **plain))
-    value = torch.stack(losses).mean().item()
-    run.tracker.log({name: value}, run.step)
-    tqdm.write(f"Step {run.step}: {name} {value:.4f}")
+    return torch.stack(losses).mean().item()
 
 
 def validate(run, signals, *, missing_only=False):
     """Measure the loss on the rows kept out of training, if any, and draw the prompts, if any.
 
     Every prompt has a generator of its own, seeded with the run's seed: neither the training stream nor the other
-    pictures depend on it. A validation that a signal cuts short is redone when the run is resumed.
+    pictures depend on it. Pictures that a signal cuts short are drawn when the run is resumed.
     """
     run.accelerator.wait_for_everyone()
-    folder, prompts = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}"), run.args.validation_prompts
-    if run.accelerator.is_main_process and not (missing_only and folder.exists()):
-        measure(run, "val/loss")
-        with averaged_weights(run):
-            if run.average:
-                measure(run, "val/loss_ema")
+    folder = Path(run.args.output_dir, sd_config.SAMPLES, f"step-{run.step}")
+    if run.accelerator.is_main_process:
+        measure(run)
+        if run.args.validation_prompts and not (missing_only and folder.exists()):
             try:
-                if prompts:
+                with averaged_weights(run) if run.average else contextlib.nullcontext():
                     draw_prompts(run, folder, signals)
             except (sd_config.ReportedError, OSError) as error:  # a picture is not finite, or the disk is full
                 tqdm.write(f"warning: no validation pictures of step {run.step}: {error}")
@@ -1679,10 +1692,7 @@ def validate(run, signals, *, missing_only=False):
 
 @contextlib.contextmanager
 def averaged_weights(run):
-    """Swap the averaged weights into the UNet, if there are any. Its own wait on the host."""
-    if run.average is None:
-        yield
-        return
+    """Swap the averaged weights into the UNet. Its own wait on the host."""
     weights = [weight.detach() for weight in run.weights]
     own = [weight.to("cpu", copy=True) for weight in weights]
     run.consistent = False
@@ -1705,8 +1715,8 @@ def draw_prompts(run, folder, signals):
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
-    settings = {"seed": run.stream.seed, "num_inference_steps": DENOISING_STEPS}
-    settings["guidance_scale"] = run.args.validation_guidance_scale
+    settings = {"negative_prompt": run.args.validation_negative_prompt, "seed": run.stream.seed}
+    settings |= {"num_inference_steps": sd_config.DENOISING_STEPS, "guidance_scale": run.args.validation_guidance_scale}
     settings["height"] = settings["width"] = run.args.resolution
     checkpoint = Path(run.args.output_dir, f"checkpoint-{run.step}")
     saved = checkpoint.exists() or (run.checkpoints.writing and run.plan.saves_after(run.step))
@@ -1760,7 +1770,7 @@ class Checkpoints:
             writing.result()
 
     def write(self, tensors, state, config, last_step):
-        """Write a checkpoint atomically, and delete the oldest ones above the limit.
+        """Write a checkpoint atomically, and delete the oldest ones above the limit, except the best.
 
         It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
         """
@@ -1838,6 +1848,7 @@ def trainer_state(run):
         encoding=run.stream.encoded.name if run.stream.encoded else "",
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,
         args=plain_args(run.args, run.accelerator),
+        losses=dict(run.losses),  # a copy: it is written while the training goes on
     )
 
 
@@ -1855,7 +1866,7 @@ def export(run):
     accelerator, output, pipeline = run.accelerator, Path(run.args.output_dir), run.frozen.pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        hidden = output / sd_config.OWN / "export"
+        hidden, best = output / sd_config.OWN / "export", describe_best(run)
         with sd_config.written_whole(hidden, f"the pipeline in {output}", run.plan.export_bytes) as staging:
             infer.set_scheduler(pipeline, prediction_type=run.loss_options["prediction_type"])
             average = run.average and unet_with(run.average.by_name(run.unet), run.unet.config)
@@ -1866,14 +1877,29 @@ def export(run):
                 file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
-            (staging / "README.md").write_text(model_card(run), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(run, best), encoding="utf-8")
             sd_config.write_manifest(staging, sd_config.read_json(output / sd_config.OWN / sd_config.MANIFEST))
         sd_config.put_export_in_place(staging, output)
         print(f"The trained pipeline is in {output}. Draw with it: python infer.py --model_path {output}")
+        if best:
+            print(best)
+            run.tracker.attempt(run.tracker.summarise, {"best": best})
     accelerator.wait_for_everyone()
 
 
-def model_card(run):
+def describe_best(run):
+    """Return a text about the checkpoint with the lowest held-out loss; an empty one without rows kept out."""
+    folder, name, loss = sd_config.best_checkpoint(sd_config.checkpoints(run.args.output_dir))
+    if run.held_out is None or folder is None:
+        return ""
+    step, last = sd_config.step_of(folder), run.losses[str(run.step)]["val/loss_ema" if run.average else "val/loss"]
+    if step == run.step:
+        return f"The last checkpoint is the best: {name} {loss:.4f}."
+    best = f"{name} {loss:.4f} at step {step}, {100 * (1 - loss / last):.1f} % below the last step's {last:.4f}"
+    return f"The best checkpoint: {best}. Draw with it: {infer.command({'checkpoint': folder})}"
+
+
+def model_card(run, best):
     """Return the text of the output folder's README.md."""
     args, plan, grid = run.args, run.plan, f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
     bad = [f"- row {number}: {fault}" for number, fault in run.stream.rows.bad.items()]
@@ -1890,6 +1916,7 @@ def model_card(run):
         '`unet` holds the moving average; the raw weights load with `variant="non_ema"`.' if run.average else "",
         f"{len(bad)} rows were left out, because their pictures cannot be read:" if bad else "",
         "\n".join(bad),
+        best,
         "\n".join(["| argument | value |", "|---|---|", *arguments]),
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"

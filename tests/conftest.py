@@ -35,7 +35,7 @@ import tiny_sd15
 trainer = importlib.import_module("train_sd1-5_naruto")
 del os.environ["DIFFUSERS_VERBOSITY"]  # the scripts that tests start set it themselves
 # Two denoising steps are enough for validation pictures of which it does not matter what they show.
-DENOISING_STEPS, trainer.DENOISING_STEPS = trainer.DENOISING_STEPS, 2
+DENOISING_STEPS, sd_config.DENOISING_STEPS = sd_config.DENOISING_STEPS, 2
 # The flags of the tutorial, as it writes them.
 TUTORIAL = """
   --use_ema \

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 import sd_config
-from conftest import ROOT, TUTORIAL, assert_says, only
+from conftest import DENOISING_STEPS, ROOT, TUTORIAL, assert_says, only
 
 # Every flag and its default. NONE and OFF are the flags with the default None or False.
 NONE = """
     revision variant dataset_config_name train_data_dir max_train_samples cache_dir seed max_train_steps snr_gamma
     non_ema_revision prediction_type mixed_precision checkpoints_total_limit resume_from_checkpoint micro_batch_size
+    validation_steps validation_negative_prompt
 """
 OFF = """
     center_crop random_flip gradient_checkpointing scale_lr dream_training use_8bit_adam allow_tf32 use_ema
@@ -195,6 +196,7 @@ BAD = {
     "at least 1": """
         max_train_samples=0 train_batch_size=0 gradient_accumulation_steps=0 num_train_epochs=0 max_train_steps=0
         checkpointing_steps=0 checkpoints_total_limit=0 validation_epochs=0
+        validation_steps=0
     """,
     "at least 1, or auto": "micro_batch_size=0 micro_batch_size=all",
     "multiple of 8 of at least 8": "resolution=100",
@@ -277,6 +279,11 @@ REFUSED = [
     "--cache_latents=on | --cache_latents on | add --center_crop",
     "--aspect_buckets --resolution=72 | --resolution 72 | must be a multiple of 64 with --aspect_buckets",
     "--aspect_buckets --torch_compile | --torch_compile | for every shape of --aspect_buckets",
+    *(
+        f"--validation_negative_prompt=x --validation_guidance_scale={scale} | --validation_negative_prompt "
+        "| has no effect … guidance_scale above 1"
+        for scale in (0, 1)
+    ),
     "--train_batch_size=3 --gradient_accumulation_steps=2 --micro_batch_size=4 | --micro_batch_size 4 "
     "| must be a divisor of --train_batch_size x --gradient_accumulation_steps = 6, or auto",
     "--low_memory --mixed_precision=fp16 | --mixed_precision fp16 | --low_memory needs bf16",
@@ -345,6 +352,8 @@ ACCEPTED = [
     "--dream_training --dream_detail_preservation=2",
     "--lr_scheduler=constant_with_warmup --lr_warmup_steps=500",
     "--tracker_project_name=x --logging_dir=y",
+    "--validation_steps=5 --validation_negative_prompt=x",
+    "--validation_steps=5 --validation_prompts --validation_samples=3",
 ]
 
 
@@ -358,7 +367,10 @@ NOTICED = [
     "--lr_warmup_steps=500 | --lr_warmup_steps 500 | constant_with_warmup",
     "--max_train_steps=5 --num_train_epochs=3 | --max_train_steps 5 | overrides --num_train_epochs 3",
     "--dream_detail_preservation=2 | --dream_detail_preservation | changes nothing",
+    "--validation_steps=5 --validation_epochs=3 | --validation_steps 5 | overrides --validation_epochs 3",
     "--validation_epochs=2 --validation_prompts | --validation_epochs | changes nothing",
+    "--validation_steps=2 --validation_prompts | --validation_steps | changes nothing",
+    "--validation_negative_prompt=x --validation_prompts | --validation_negative_prompt | changes nothing",
     "--report_to=none --tracker_project_name=x | --tracker_project_name | changes nothing",
     "--report_to=none --logging_dir=x | --logging_dir | changes nothing",
     f"--output_dir=new {RESUME}=latest | {RESUME} latest | no checkpoint in new, so this run starts fresh",
@@ -527,7 +539,8 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
     with pytest.raises(SystemExit) as exit_info:
         sd_config.read_state("run/checkpoint-9", "--checkpoint")
     assert exit_info.value.code == 2
-    needed = [field for field in dataclasses.fields(sd_config.TrainerState) if field.default is dataclasses.MISSING]
+    fields, absent = dataclasses.fields(sd_config.TrainerState), dataclasses.MISSING
+    needed = [field for field in fields if field.default is field.default_factory is absent]
     missing = [f"'{field.name}'" for field in needed if content == b"{}"]
     says = "error: --checkpoint run/checkpoint-9: its trainer_state.json cannot be read: "
     assert_says(capsys.readouterr().err, " … ".join([says, *missing]))
@@ -701,7 +714,7 @@ def test_every_flag_is_known_to_change_the_training_or_not_to():
         enable_xformers_memory_efficient_attention local_rank output_dir overwrite_output_dir checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
         validation_guidance_scale tracker_project_name logging_dir train_batch_size gradient_accumulation_steps
-        cache_latents micro_batch_size torch_compile offload_ema
+        validation_negative_prompt validation_steps cache_latents micro_batch_size torch_compile offload_ema
     """
     compared = {"seed", "max_train_samples", "validation_samples", "use_8bit_adam"}
     flags = set(vars(sd_config.parse_args([])))
@@ -739,6 +752,9 @@ def test_plan_counts(flags, rows, processes, per_process, effective, per_epoch, 
         ("--num_train_epochs=5 --checkpointing_steps=15 --validation_epochs=2", {15}, {3, 9, 15}),
         ("--max_train_steps=7 --checkpointing_steps=1 --validation_epochs=1", set(range(1, 8)), {3, 6, 7}),
         ("--max_train_steps=2", {2}, {2}),
+        ("--max_train_steps=7 --validation_steps=2", {7}, {2, 4, 6, 7}),
+        ("--max_train_steps=6 --validation_steps=2 --validation_epochs=1", {6}, {2, 4, 6}),
+        ("--max_train_steps=6 --validation_steps=9 --validation_prompts --validation_samples=1", {6}, {6}),
         ("--max_train_steps=7 --validation_prompts", {7}, set()),
         ("--max_train_steps=7 --validation_prompts --validation_samples=1", {7}, {3, 7}),
     ],
@@ -751,7 +767,7 @@ def test_plan_saves_and_validates(flags, saves, validates):
     assert {step for step in steps if plan.validates_after(step)} == validates
     lines = dict(line.strip().split("  ", 1) for line in str(plan).splitlines())
     assert lines["checkpoints"].split(",")[0].strip() == str(len(saves))
-    assert int(lines["validations"]) == len(validates)
+    assert int(lines["validations"].split(",")[0]) == len(validates)
 
 
 @pytest.mark.parametrize(("limit", "kept", "together"), [(2, 2, 27.50), (30, 30, 412.57), (31, 30, 412.57)])
@@ -760,6 +776,40 @@ def test_plan_says_what_the_checkpoints_weigh(limit, kept, together):
     flags = f"--max_train_steps=15000 --use_ema --checkpoints_total_limit={limit}"
     plan = plan_of(flags, rows=1221, parameters=859_520_964)
     assert f"30, {kept} of them kept: 13.75 GB each, {together:.2f} GB in all" in str(plan)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, 2), (2, 3), (9, 10), (10, 10), (11, 10), (None, 10)])
+def test_plan_counts_the_best_checkpoint_besides_the_limit(limit, kept):
+    flags = "--max_train_steps=100 --checkpointing_steps=10 --validation_samples=3"
+    flags += f" --checkpoints_total_limit={limit}" if limit else ""
+    assert f"10, {kept} of them kept" in str(plan_of(flags, rows=32))
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "processes", "validations", "drawing"),
+    [
+        # Pictures, steps of each, and passes of a step; then steps, samples, and passes of each.
+        ("", 20, 1, 601, 601 * 4 * 20 * 2 / (601 * 4 * 20 * 2 + 15000 * 4 * 4)),
+        ("--validation_steps=500", 20, 1, 30, 30 * 4 * 20 * 2 / (30 * 4 * 20 * 2 + 15000 * 4 * 4)),
+        ("--validation_steps=500 --dream_training", 20, 1, 30, 4800 / (4800 + 15000 * 4 * 5)),
+        ("--validation_steps=500 --validation_guidance_scale=1", 20, 1, 30, 2400 / (2400 + 15000 * 4 * 4)),
+        ("--validation_steps=500", 20, 3, 30, 4800 / (4800 + 15000 * 4 * 4)),  # the other two wait
+        ("--validation_samples=3 --validation_prompts", 20, 1, 601, 0),
+        ("--validation_prompts", 20, 1, 0, 0),
+    ],
+)
+def test_plan_says_how_much_of_a_run_is_drawing(monkeypatch, flags, rows, processes, validations, drawing):
+    """In forward passes of one sample, or their equivalent, with the flags of the tutorial."""
+    monkeypatch.setattr(sd_config, "DENOISING_STEPS", DENOISING_STEPS)
+    plan = plan_of(" ".join([*shlex.split(TUTORIAL), flags]), rows, processes)
+    assert plan.drawing == pytest.approx(drawing)
+    assert f"{validations}, drawing is {100 * drawing:.1f} % of the UNet's passes" in str(plan)
+
+
+def test_without_checkpointing_a_training_pass_costs_three(monkeypatch):
+    monkeypatch.setattr(sd_config, "DENOISING_STEPS", 1)
+    flags = "--train_batch_size=2 --max_train_steps=3 --validation_prompts a b --validation_guidance_scale=1.5"
+    assert plan_of(flags, rows=8).drawing == pytest.approx(4 / (4 + 3 * 2 * 3))
 
 
 @pytest.mark.parametrize("interval", [1, 4, 5, 6, 7, 17, 18, 19])
@@ -818,7 +868,7 @@ def disk(monkeypatch):
 def test_command_of_the_tutorial_fills_a_disk_with_a_warning(disk):
     flags = " ".join(shlex.split(TUTORIAL))
     sizes = "30 checkpoint(s) of 13.75 GB, an export of 6.88 GB"
-    remedy = "--checkpoints_total_limit 2 keeps two"
+    remedy = "--checkpoints_total_limit 2 keeps fewer"
     for free, shown in ((500 * 10**9, "500.00"), (34_380_838_560, "34.38")):
         said = f"{sizes}: 419.45 GB in all, {shown} GB free; {remedy}"
         assert disk(free, flags, parameters=859_520_964) == ([], [said])
@@ -829,7 +879,7 @@ def test_command_of_the_tutorial_fills_a_disk_with_a_warning(disk):
     assert disk(500 * 10**9, f"{flags} --checkpoints_total_limit=2", parameters=859_520_964) == ([], [])
 
 
-TEN = "--max_train_steps=1000 --checkpointing_steps=100"
+TEN, HELD_OUT = "--max_train_steps=1000 --checkpointing_steps=100", "--validation_samples=3"
 LATEST = f"{RESUME}=latest --output_dir=run"
 # Flags, the step from which a run goes on, and how many gigabytes it then writes at least, and in all. A checkpoint has
 # 3 GB, and an export 1 GB. The folder `run` has two checkpoints.
@@ -838,9 +888,14 @@ ROOM = {
     "only the last, besides the one that it replaces": (f"{TEN} --checkpoints_total_limit=1", 0, 7, 7),
     "the last two, and the third from the end": (f"{TEN} --checkpoints_total_limit=2", 0, 7, 10),
     "a limit that is never reached": (f"{TEN} --checkpoints_total_limit=11", 0, 7, 31),
+    "the last, the best, and the one it replaces": (f"{TEN} {HELD_OUT} --checkpoints_total_limit=1", 0, 7, 10),
+    "the last two, and the best": (f"{TEN} {HELD_OUT} --checkpoints_total_limit=2", 0, 7, 13),
+    "never more than are saved": (f"{TEN} {HELD_OUT} --checkpoints_total_limit=9", 0, 7, 31),
+    "the best of them all": (f"{TEN} {HELD_OUT}", 0, 7, 31),
     "one at the end": ("--max_train_steps=50", 0, 4, 4),
     "the rest of a run": (f"{TEN} {LATEST}", 500, 4, 16),
     "the rest of a run, replacing": (f"{TEN} {LATEST} --checkpoints_total_limit=2", 500, 4, 4),
+    "the rest of a run, and the best": (f"{TEN} {HELD_OUT} {LATEST} --checkpoints_total_limit=2", 500, 4, 7),
     "the rest of a run, replacing all": (f"{TEN} {LATEST} --checkpoints_total_limit=1", 500, 4, 4),
     "the end of a run that is at its end": (f"{TEN} {LATEST}", 1000, 1, 1),
     "the rest of a run, elsewhere": (f"{TEN} {RESUME}=run/checkpoint-10 --output_dir=new", 500, 7, 16),
@@ -857,7 +912,7 @@ def test_disk_has_room_for_two_checkpoints_and_the_export(disk, flags, step, lea
         problems, warnings = disk(free, flags, step)
         assert problems == []
         tight = re.search("total_limit=[12]$", flags) is not None
-        assert only(warnings).endswith("another disk may have more" if tight else "2 keeps two")
+        assert only(warnings).endswith("another disk may have more" if tight else "2 keeps fewer")
     problems, warnings = disk(least - 1, flags, step)
     assert warnings == []
     assert "GB needed (" in only(problems)

@@ -131,7 +131,7 @@ def test_the_demo_in_short_learns(train, tmp_path):
         model=DEMO / "base",
         data=tmp_path / "ninja",
     )
-    base, losses = run.logs[0]["val/loss_base"], run.logs[60]
+    base, losses = run.logs[0]["val/loss"], run.logs[60]
     assert losses["val/loss"] < 0.35 * base
     assert losses["val/loss_ema"] < 0.35 * base
 

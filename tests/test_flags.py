@@ -6,6 +6,7 @@ test_stream.py those of crops, flips and captions, test_saving.py and test_crash
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -16,10 +17,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import faults
+import portraits
 import sd_config
-from conftest import ROOT, assert_same, trainer, weights
+from conftest import DENOISING_STEPS, ROOT, TUTORIAL, assert_same, trainer, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-4")
 FROZEN = ("--train_batch_size=1", "--max_train_steps=1", "--learning_rate=0")
@@ -192,6 +195,26 @@ def test_flag_dry_run(train, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "601, drawing is 28.6 % of the UNet's passes"),
+        ("--validation_steps=500", "30, drawing is 2.0 % of the UNet's passes"),
+    ],
+)
+def test_a_run_that_draws_much_is_warned(train, tmp_path, monkeypatch, capsys, flags, says):
+    """The tutorial's flags, on 20 pictures."""
+    monkeypatch.setattr(sd_config, "DENOISING_STEPS", DENOISING_STEPS)
+    monkeypatch.chdir(tmp_path)
+    portraits.write(tmp_path / "ninja", "ninja", 20)
+    prompts = ("--validation_prompts", *sd_config.FLAGS["validation"][0][1])
+    train(*shlex.split(TUTORIAL), *flags.split(), "--dry_run", *prompts, data=tmp_path / "ninja")
+    printed = capsys.readouterr().out
+    assert re.search(f"validations +{says}", printed)
+    warned = "warning: 28.6 % of the UNet's passes draw validation pictures; a larger --validation_steps"
+    assert (warned in printed) == (flags == "")
+
+
+@pytest.mark.parametrize(
     ("flags", "kept"),
     [
         ("--center_crop --train_batch_size=2 --cache_latents=on", True),
@@ -230,7 +253,7 @@ def test_flags_of_the_tracker(train, monkeypatch, name, file):
         monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
         monkeypatch.setattr("accelerate.tracking._available_trackers", [accelerate.utils.LoggerType.WANDB])
     flags = (f"--report_to={name}", "--tracker_project_name=other", "--logging_dir=journal/new")
-    run = train(*FROZEN, *flags, "--validation_prompts=a cat")
+    run = train(*FROZEN, *flags, "--validation_samples=1", "--validation_prompts=a cat")
     assert [tracker.name for tracker in run.run.accelerator.trackers] == ([] if name == "none" else [name])
     for pattern in ("run-*/*.swanlab", "other/events.out*"):
         assert bool(list(run.output.glob(f"journal/new/{pattern}"))) == (pattern == file)
@@ -240,13 +263,19 @@ def test_flags_of_the_tracker(train, monkeypatch, name, file):
         settings = {"project": "other", "name": "SD1-5_火影忍者", "dir": str(run.output / "journal/new")}
         assert sys.modules["wandb"].started == settings
         logged = run.run.accelerator.trackers[0].run.logged
-        assert logged[0][0]["train/loss"] > 0
+        assert logged[0] == ({"val/loss": run.logs[0]["val/loss"]}, 0)
+        assert logged[1][0]["train/loss"] > 0
+        best = f"The last checkpoint is the best: val/loss {run.logs[1]['val/loss']:.4f}."
+        assert run.run.accelerator.trackers[0].run.summary == {"best": best}
         assert logged[-1] == ({"validation": [("image", "a cat")]}, 1)
+    if name == "tensorboard":
+        events = EventAccumulator(str(run.output / "journal/new/other")).Reload()
+        assert [event.step for event in events.Scalars("val/loss")] == [0, 1]
 
 
 def fake_wandb():
     """As much of wandb as the trainer calls. The real one would need an account or a server."""
-    module, run = types.ModuleType("wandb"), types.SimpleNamespace(logged=[], finish=lambda: None)
+    module, run = types.ModuleType("wandb"), types.SimpleNamespace(logged=[], summary={}, finish=lambda: None)
     module.__spec__ = types.SimpleNamespace(origin="a file")
     run.log = lambda values, step=None, **kwargs: run.logged.append((values, step))
     module.init = lambda **kwargs: vars(module).update(started=kwargs) or run

@@ -14,6 +14,7 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 from transformers import CLIPTextModel
 
 import infer
+import sd_config
 from conftest import DENOISING_STEPS, ROOT, assert_same, assert_same_state, files, learned, trainer, weights
 
 SHORT = ("--train_batch_size=2", "--max_train_steps=2", "--learning_rate=1e-3")
@@ -23,7 +24,7 @@ PROMPTS = ("--validation_prompts", "a cat", "a rocket")
 @pytest.fixture
 def whole(train_once, monkeypatch):
     """A run with an average, pictures as users see them, and a prediction type that is not the base model's."""
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", DENOISING_STEPS)
+    monkeypatch.setattr(sd_config, "DENOISING_STEPS", DENOISING_STEPS)
     return train_once(*SHORT, "--use_ema", "--prediction_type=v_prediction", *PROMPTS)
 
 
@@ -266,12 +267,14 @@ def test_metrics_stand_at_the_step_they_describe(train):
 
 
 def test_swanlab_has_every_loss_the_captioned_pictures_and_all_arguments(train):
-    run = train("--train_batch_size=4", "--max_train_steps=6", "--report_to=swanlab", *PROMPTS)
+    flags = ("--train_batch_size=4", "--max_train_steps=6", "--validation_samples=2", "--checkpointing_steps=3")
+    run = train(*flags, "--report_to=swanlab", *PROMPTS)
     (folder,) = (run.output / "logs").glob("run-*")
     scalars, pictures, settings = read_swanlab(folder)
     assert scalars["train/loss"] == {step: pytest.approx(run.logs[step]["train/loss"]) for step in range(1, 7)}
-    assert scalars["train/epoch"][6] == 1.5
-    assert sorted(pictures) == [4, 6]
+    assert scalars["val/loss"] == {step: pytest.approx(run.logs[step]["val/loss"]) for step in (0, 3, 6)}
+    assert scalars["train/epoch"][6] == 2
+    assert sorted(pictures) == [3, 6]
     for step, items in pictures.items():
         assert [caption for caption, _ in items] == ["a cat", "a rocket"]
         for index, (_, picture) in enumerate(items):
@@ -279,6 +282,7 @@ def test_swanlab_has_every_loss_the_captioned_pictures_and_all_arguments(train):
             assert Image.open(folder / "media/image" / picture).tobytes() == Image.open(saved).tobytes()
     config = (folder / "files/config.yaml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{name}:", config, re.M) for name in vars(run.run.args))
+    assert re.search(r"^best:(\n.*)*value: .*best.*val/loss 0\.\d{4}", config, re.M)
     assert "SD-Naruto" in settings
     assert "SD1-5_火影忍者" in settings
 

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 import infer
+import sd_config
 from conftest import assert_same, learned, trainer, weights
 
 SHORT = ("--train_batch_size=5", "--max_train_steps=4", "--learning_rate=1e-3", "--center_crop")
@@ -50,18 +51,17 @@ def test_the_loss_on_rows_kept_out_is_the_plain_one(train, assets, prediction_ty
     run = train(*HELD_OUT, *flags)
     measured = {step: {k: v for k, v in run.logs[step].items() if k.startswith("val/")} for step in run.logs}
     assert {step: set(names) for step, names in measured.items() if names} == {
-        0: {"val/loss_base"},
-        2: {"val/loss", "val/loss_ema"},
-        4: {"val/loss", "val/loss_ema"},
+        step: {"val/loss", "val/loss_ema"} for step in (0, 2, 4)
     }
     for folder, variant, value in (
-        (assets[0], None, measured[0]["val/loss_base"]),
+        (assets[0], None, measured[0]["val/loss"]),
         (run.output, "non_ema", measured[4]["val/loss"]),
         (run.output, None, measured[4]["val/loss_ema"]),
     ):
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant=variant)
         assert value == pytest.approx(loss_by_hand(run.run, assets[0], unet, prediction_type), rel=1e-5)
-    assert len({measured[0]["val/loss_base"], *measured[4].values()}) == 3
+    assert measured[0]["val/loss_ema"] == measured[0]["val/loss"]
+    assert len({measured[0]["val/loss"], *measured[4].values()}) == 3
 
 
 def test_rows_kept_out_are_never_trained_on_and_the_same_for_every_seed(train):
@@ -87,19 +87,25 @@ def test_measuring_leaves_training_alone_and_a_resumed_run_measures_the_same(tra
     shutil.rmtree(often.output / "checkpoint-4")
     again = train(*flags, "--resume_from_checkpoint=latest", output="often")
     names = ("val/loss", "val/loss_ema")
-    assert learned(again, *names) == learned(often, *names)
-    assert 0 not in again.logs  # a resumed run has no base model to measure
+    # What the checkpoint knows is not measured again, and what it goes on with is the same.
+    assert list(learned(again, *names)) == [4]
+    assert again.logs[4]["val/loss_ema"] == often.logs[4]["val/loss_ema"]
+    assert (
+        again.run.losses
+        == often.run.losses
+        == {str(step): often.logs[step] for step in (0,)} | {str(step): learned(often, *names)[step] for step in (2, 4)}
+    )
 
 
 def test_without_an_average_only_the_weights_are_measured(train, assets, capfd):
     run = train(*HELD_OUT, "--mixed_precision=bf16", "--cache_latents=off", "--train_batch_size=10")
     measured = {name for values in run.logs.values() for name in values if name.startswith("val/")}
-    assert measured == {"val/loss_base", "val/loss"}
+    assert measured == {"val/loss"}
     last = run.logs[4]["val/loss"]
     unet = UNet2DConditionModel.from_pretrained(run.output / "unet")
     assert last == pytest.approx(loss_by_hand(run.run, assets[0], unet, "epsilon"), rel=0.02)
     printed = capfd.readouterr().out
-    assert f"Step 0: val/loss_base {run.logs[0]['val/loss_base']:.4f}" in printed
+    assert f"Step 0: val/loss {run.logs[0]['val/loss']:.4f}" in printed
     assert f"Step 4: val/loss {last:.4f}" in printed
 
 
@@ -110,7 +116,8 @@ def test_each_picture_names_the_command_that_draws_it_again(train, tmp_path):
     """The pixels are the same, on a CPU in float32. Where no checkpoint has the weights, there is no command."""
     flags = ("--use_ema", "--resolution=128", "--train_batch_size=7", "--max_train_steps=5", "--checkpointing_steps=4")
     prompts = ('a cat\'s "hat", $5', "a rocket")
-    drawn = ("--validation_epochs=1", "--validation_guidance_scale=3", "--validation_prompts", *prompts)
+    drawn = ("--validation_epochs=1", "--validation_guidance_scale=3", "--validation_negative_prompt=a dog's tail")
+    drawn += ("--validation_prompts", *prompts)
     output = train(*SHORT, *flags, *drawn).output
     pictures = {step: sorted(output.glob(f"samples/step-{step}/[01]-*.png")) for step in (2, 4, 5)}
     assert [len(files) for files in pictures.values()] == [2, 2, 2]
@@ -126,8 +133,9 @@ def test_each_picture_names_the_command_that_draws_it_again(train, tmp_path):
             again = Image.open(tmp_path / "again.png")
             assert picture.size == (128, 128)
             assert np.array_equal(np.asarray(picture), np.asarray(again)), (step, file)
-            for name in ("guidance_scale", "prompt"):
+            for name in ("guidance_scale", "prompt", "negative_prompt"):
                 assert settings[name] == infer.settings_of(again)[name]
+            assert settings["negative_prompt"] == "a dog's tail"
             assert settings["step"] == step
 
 
@@ -164,12 +172,19 @@ def test_a_picture_that_is_not_finite_costs_the_run_no_more_than_pictures(train,
         return [pictures[-1] * (torch.nan if len(pictures) == 2 else 1)]
 
     monkeypatch.setattr(AutoencoderKL, "decode", overflow_once)
-    monkeypatch.setattr(trainer, "DENOISING_STEPS", 2)
+    monkeypatch.setattr(sd_config, "DENOISING_STEPS", 2)
     output = train(*SHORT, "--validation_epochs=1", "--validation_prompts", "a cat", "a dog").output
     assert [path.name for path in (output / "samples").iterdir()] == ["step-4"]
     assert (output / "model_index.json").exists()
-    warning = next(line for line in capsys.readouterr().out.splitlines() if "warning: " in line)
+    warning = next(line for line in capsys.readouterr().out.splitlines() if "warning: no " in line)
     assert all(part in warning for part in ("step 3", "'a dog'", "bf16", "fp32"))
+
+
+def test_the_negative_prompt_changes_the_pictures(train):
+    flags = (*SHORT, "--max_train_steps=1", "--validation_prompts", "a cat")
+    plain, other = train(*flags, output="plain"), train(*flags, "--validation_negative_prompt=a dog", output="other")
+    one, two = (result.output / "samples/step-1/0-a-cat.png" for result in (plain, other))
+    assert not np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
 
 
 def test_a_command_is_quoted_for_a_shell():
