@@ -41,6 +41,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -1899,24 +1900,45 @@ def describe_best(run):
     return f"The best checkpoint: {best}. Draw with it: {infer.command({'checkpoint': folder})}"
 
 
+def card_head(args):
+    """Return the model card's metadata, with base model, data set and licence where they are known, and its title."""
+    base, data, known = args.pretrained_model_name_or_path, args.dataset_name, ""
+    if not sd_config.is_local(base):
+        known = f"base_model: {base}\n" + "license: creativeml-openrail-m\n" * (base == sd_config.MODEL)
+    with contextlib.suppress(OSError):  # the base model is not a folder, or has no card
+        card = Path(base, "README.md").read_text(encoding="utf-8", errors="replace")
+        if found := re.match(r"---\n(?:(?!---).*\n)*?(license: *[\"']?[\w.-]+[\"']?)", card):
+            known = f"{found[1]}\n"
+    if data and not sd_config.is_local(data):
+        known += f"datasets: [{data}]\n"
+    known += "tags: [stable-diffusion, text-to-image, full-fine-tune]\n"
+    title = f"# {escaped(base)}, fine-tuned on {escaped(data or args.train_data_dir)}"
+    return f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{known}---\n\n{title}"
+
+
+def escaped(value):
+    """Return a value as Markdown that shows it as it is, in a table too."""
+    return "<br>".join(re.sub(r"[\\`*\[\]<>|~&$]|\b_|_\b", r"\\\g<0>", str(value)).splitlines())
+
+
 def model_card(run, best):
     """Return the text of the output folder's README.md."""
     args, plan, grid = run.args, run.plan, f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
     bad = [f"- row {number}: {fault}" for number, fault in run.stream.rows.bad.items()]
-    arguments = [f"| {name} | {value} |" for name, value in plain_args(args, run.accelerator).items()]
+    arguments = [f"| {name} | {escaped(value)} |" for name, value in plain_args(args, run.accelerator).items()]
+    not_model = [shlex.quote(f"{name}*") for name in ("checkpoint-", "encoded-", ".", f"{args.logging_dir}/")]
+    upload = "upload OWNER/NAME . --exclude"
     paragraphs = [
-        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n"
-        "tags: [stable-diffusion, text-to-image, full-fine-tune]\n---",
-        f"# {args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or args.train_data_dir}",
+        card_head(args),
         f"All weights of the UNet were trained for {run.step} steps of {plan.effective_batch} samples "
         f"({plan.rows} rows, {run.step / plan.steps_per_epoch:.1f} epochs, seed {run.stream.seed}), "
-        f"in micro-batches of {run.micro_batch_size}. "
-        f"The loss of the last step was {run.progress.loss:.4f}.",
+        f"in micro-batches of {run.micro_batch_size}. The loss of the last step was {run.progress.loss:.4f}.",
         f"![samples]({grid})" if Path(args.output_dir, grid).exists() else "",
         '`unet` holds the moving average; the raw weights load with `variant="non_ema"`.' if run.average else "",
-        f"{len(bad)} rows were left out, because their pictures cannot be read:" if bad else "",
-        "\n".join(bad),
-        best,
+        "\n".join([f"{len(bad)} rows were left out, because their pictures cannot be read:\n", *bad]) if bad else "",
+        escaped(best),
+        "To publish the model from this folder, on Hugging Face or on ModelScope, without checkpoints and logs:",
+        f"    hf {upload} {' --exclude '.join(not_model)}\n    modelscope {upload} {' '.join(not_model)}",
         "\n".join(["| argument | value |", "|---|---|", *arguments]),
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"

@@ -64,7 +64,7 @@ def test_the_best_is_kept_besides_the_limit_and_named(train, course, capsys, lim
     _, script, checkpoint = shlex.split(said.partition("Draw with it: ")[2])
     assert script == "infer.py"
     assert infer.parse_args([checkpoint]).checkpoint == str(run.output / "checkpoint-3")
-    assert said in (run.output / "README.md").read_text(encoding="utf-8")
+    assert trainer.escaped(said) in (run.output / "README.md").read_text(encoding="utf-8")
     state = sd_config.read_state(run.output / "checkpoint-3")
     planted = {str(step): {"val/loss": RAW[step], "val/loss_ema": EMA[step]} for step in range(7)}
     assert state.losses == {step: losses for step, losses in planted.items() if int(step) <= 3}

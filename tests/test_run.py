@@ -1,7 +1,11 @@
 """What a run leaves behind: metrics, pictures, checkpoints, and the exported pipeline."""
 
+import argparse
+import copy
+import fnmatch
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -143,9 +147,86 @@ def test_the_optimizer_runs_fused(whole):
     assert whole.run.optimizer.adamw.param_groups[0]["fused"]
 
 
+ODD = "a | b\nc `d` <img src=x> **e** _f_ [g](h) ~~i~~ &lt; $j$ \\| k\\"
+
+
+def card_of(whole, **changed):
+    """The model card of a run, had its arguments been others."""
+    run = copy.copy(whole.run)
+    run.args = argparse.Namespace(**vars(whole.run.args) | changed)
+    return trainer.model_card(run, "")
+
+
+def test_the_model_card_shows_every_value_as_it_is(whole):
+    """What Markdown would read in it is escaped, so that a table keeps its rows and columns."""
+    args = {
+        "validation_prompts": ODD,
+        "validation_negative_prompt": ODD,
+        "dataset_name": ODD,
+        "tracker_project_name": "|",
+    }
+    card = card_of(whole, **args)
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(vars(whole.run.args))  # with the heading
+    cells = [re.findall(r"((?:\\.|[^|\\])*)\|", row)[1:] for row in rows]
+    assert {len(row) for row in cells} == {2}
+    shown = {name.strip(): value.strip() for name, value in cells}
+    for name, value in args.items():
+        bare = re.sub(r"\\.|<br>", "", shown[name])
+        assert not re.search(r"[`*<>|\[\]&$~]|\b_|_\b", bare), bare
+        assert re.sub(r"\\(.)", r"\1", shown[name].replace("<br>", "\n")) == value
+    (title,) = re.findall("^# .*", card, re.M)
+    assert title.endswith(f"fine-tuned on {shown['dataset_name']}")
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "known"),
+    [
+        (sd_config.MODEL, sd_config.DATA, {"base_model": sd_config.MODEL, "license": "creativeml-openrail-m"}),
+        ("someone/model", sd_config.DATA, {"base_model": "someone/model"}),
+        ("licensed", None, {"license": "cc-by-4.0"}),
+        ("quoted", None, {"license": '"mit"'}),
+        ("unsaid", None, {}),
+        ("bare", "bare", {}),
+    ],
+)
+def test_the_model_card_names_base_data_and_licence_where_they_are_known(
+    whole, tmp_path, monkeypatch, base, data, known
+):
+    """Hub ids, and what the card of a local base model says at its top: nothing is invented."""
+    monkeypatch.chdir(tmp_path)
+    heads = {"licensed": "license: cc-by-4.0\ntags: [a]", "quoted": 'tags: [a]\nlicense: "mit"', "unsaid": "tags: [a]"}
+    for name, head in heads.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\n{head}\n---\n# Base\nlicense: gpl\n---\n", encoding="utf-8")
+    (tmp_path / "bare").mkdir()
+    card = card_of(whole, pretrained_model_name_or_path=base, dataset_name=data)
+    head = card.split("---\n")[1].splitlines()
+    written = dict(line.split(": ", 1) for line in head)
+    usual = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    usual["tags"] = "[stable-diffusion, text-to-image, full-fine-tune]"
+    datasets = {"datasets": f"[{data}]"} if data == sd_config.DATA else {}
+    assert written == usual | known | datasets
+
+
+def test_the_commands_of_the_model_card_publish_nothing_but_the_model(whole, tmp_path):
+    """Their patterns are those of fnmatch, in both clients."""
+    card = card_of(whole, logging_dir="jour nal/new")
+    (hf,), (modelscope,) = (re.findall(f"^    ({name} upload .*)", card, re.M) for name in ("hf", "modelscope"))
+    hf, modelscope = shlex.split(hf), shlex.split(modelscope)
+    assert hf[:4] == ["hf", *modelscope[1:4]] == ["hf", "upload", "OWNER/NAME", "."]
+    patterns = modelscope[5:]
+    assert modelscope[4] == "--exclude"  # which takes all that follow; that of hf is given once for each
+    assert hf[4:] == [word for pattern in patterns for word in ("--exclude", pattern)]
+    there = files(whole.output) | {"encoded-0123456789abcdef/pictures.arrow", "jour nal/new/run-1/x.swanlab"}
+    sent = {name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    assert {name.split("/")[0] for name in sent} == {*sd_config.PARTS, "samples", "README.md", "model_index.json"}
+    assert {name for name in files(whole.output) if name.startswith(("unet/", "samples/"))} <= sent
+
+
 def test_the_model_card_tells_how_it_was_made(whole, assets):
     card = (whole.output / "README.md").read_text(encoding="utf-8")
-    assert f"{assets[0]}, fine-tuned on {assets[1]}" in card
+    assert f"# {trainer.escaped(assets[0])}, fine-tuned on {trainer.escaped(assets[1])}\n" in card
     assert f"The loss of the last step was {whole.logs[2]['train/loss']:.4f}." in card
     for name in vars(whole.run.args):
         assert f"| {name} | " in card
