@@ -382,21 +382,27 @@ def resolve(args, given, problems, notices):
         problems.append("--validation_negative_prompt: has no effect without a --validation_guidance_scale above 1")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--learning_rate {args.learning_rate}: must be above 1e-7, where the polynomial schedule ends")
-    mode, modes = os.environ.get("SWANLAB_MODE"), ("online", "cloud", "offline", "local", "disabled")
-    if args.report_to == "swanlab" and mode and mode not in modes:
-        problems.append(f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}")
-    if args.report_to == "swanlab" and mode == "local" and not importlib.util.find_spec("swanboard"):
-        problems.append('SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"')
     if args.image_column == args.caption_column:
         problems.append(f"--caption_column {args.caption_column}: is --image_column too")
     if args.cache_dir is not None and os.path.isfile(args.cache_dir):
         problems.append(f"--cache_dir {args.cache_dir}: is a file, and must be a folder")
+    if args.report_to == "swanlab" and (mode := os.environ.get("SWANLAB_MODE")):
+        problems.extend(mode_problems(mode))
     resolve_memory(args, problems)
     resolve_rank(args, problems)
     resolve_model(args, problems, notices)
     resolve_data(args, given, problems)
     resolve_output(args, problems, notices)
     notices.extend(ignored_flags(args, given))
+
+
+def mode_problems(mode):
+    """Yield what is wrong with SWANLAB_MODE, of which SwanLab would complain late, or only in its own log."""
+    modes = "online", "cloud", "offline", "local", "disabled"
+    if mode not in modes:
+        yield f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}"
+    if mode == "local" and not importlib.util.find_spec("swanboard"):
+        yield 'SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"'
 
 
 def ignored_flags(args, given):
@@ -976,12 +982,15 @@ class Plan:
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
         self.limit = (limit := args.checkpoints_total_limit) and limit + bool(args.validation_samples)  # with the best
-        first = args.validation_steps or self.steps_per_epoch
-        due = *range(first, self.max_steps, args.validation_steps or first * args.validation_epochs), self.max_steps
-        self.validations = frozenset(due if args.validation_prompts or args.validation_samples else ())
+        self.validates, first = bool(args.validation_prompts or args.validation_samples), self.steps_per_epoch
+        if args.validation_steps:
+            self.validations = range(args.validation_steps, self.max_steps, args.validation_steps)
+        else:
+            self.validations = range(first, self.max_steps, first * args.validation_epochs)  # and one at the end
         # The share of drawing in the UNet's passes, in forward ones of a sample, of the process that draws while others
         # wait: a backward pass costs two of them, and checkpointing and DREAM one more each.
-        drawing = len(self.validations) * len(args.validation_prompts) * DENOISING_STEPS
+        self.validation_count = (len(self.validations) + 1) * self.validates
+        drawing = self.validation_count * len(args.validation_prompts) * DENOISING_STEPS
         drawing *= 1 + (args.validation_guidance_scale > 1)
         training = self.max_steps * self.batch_per_process * (3 + args.gradient_checkpointing + args.dream_training)
         self.drawing = drawing / (drawing + training)
@@ -1034,7 +1043,7 @@ class Plan:
 
     def validates_after(self, step):
         """Say whether a validation is due after `step`: after epochs 1, 1 + V, … or N, 2N, … steps, and at the end."""
-        return step in self.validations
+        return self.validates and (step in self.validations or step == self.max_steps)
 
     def positions(self, step, rank=0):
         """Return the positions of the sample stream that process `rank` consumes in step `step`, from 0."""
@@ -1059,7 +1068,7 @@ class Plan:
             "encoding": encoding,
             "checkpoints": f"{saves}, {kept} of them kept: {sizes}",
             "export": gigabytes(self.export_bytes),
-            "validations": f"{len(self.validations)}, drawing is {100 * self.drawing:.1f} % of the UNet's passes",
+            "validations": f"{self.validation_count}, drawing is {100 * self.drawing:.1f} % of the UNet's passes",
         }
         return "\n".join(f"  {name:15}  {text}" for name, text in lines.items())
 
