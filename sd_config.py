@@ -982,18 +982,10 @@ class Plan:
         self.max_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         self.learning_rate = args.learning_rate * (self.effective_batch if args.scale_lr else 1)  # at its peak
         self.limit = (limit := args.checkpoints_total_limit) and limit + bool(args.validation_samples)  # with the best
-        self.validates, first = bool(args.validation_prompts or args.validation_samples), self.steps_per_epoch
-        if args.validation_steps:
-            self.validations = range(args.validation_steps, self.max_steps, args.validation_steps)
-        else:
-            self.validations = range(first, self.max_steps, first * args.validation_epochs)  # and one at the end
-        # The share of drawing in the UNet's passes, in forward ones of a sample, of the process that draws while others
-        # wait: a backward pass costs two of them, and checkpointing and DREAM one more each.
-        self.validation_count = (len(self.validations) + 1) * self.validates
-        drawing = self.validation_count * len(args.validation_prompts) * DENOISING_STEPS
-        drawing *= 1 + (args.validation_guidance_scale > 1)
-        training = self.max_steps * self.batch_per_process * (3 + args.gradient_checkpointing + args.dream_training)
-        self.drawing = drawing / (drawing + training)
+        self.validates = bool(args.validation_prompts or args.validation_samples)
+        first = args.validation_steps or self.steps_per_epoch
+        interval = args.validation_steps or first * args.validation_epochs
+        self.validations = range(first, self.max_steps, interval)  # and one at the end
         # Bytes: of what is trained, of a checkpoint, of the export.
         each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters
@@ -1045,6 +1037,17 @@ class Plan:
         """Say whether a validation is due after `step`: after epochs 1, 1 + V, … or N, 2N, … steps, and at the end."""
         return self.validates and (step in self.validations or step == self.max_steps)
 
+    @property
+    def drawing(self):
+        """The share of the UNet's passes that draws validation pictures, in the process that does.
+
+        Passes are counted in forward passes of a sample: a backward pass costs two, checkpointing and DREAM one each.
+        """
+        args, pictures = self.args, self.validates * (len(self.validations) + 1) * len(self.args.validation_prompts)
+        drawing = pictures * DENOISING_STEPS * (1 + (args.validation_guidance_scale > 1))
+        training = self.max_steps * self.batch_per_process * (3 + args.gradient_checkpointing + args.dream_training)
+        return drawing / (drawing + training)
+
     def positions(self, step, rank=0):
         """Return the positions of the sample stream that process `rank` consumes in step `step`, from 0."""
         first = step * self.effective_batch + rank * self.batch_per_process
@@ -1055,6 +1058,7 @@ class Plan:
         kept = min(saves, self.limit or saves)
         sizes = f"{gigabytes(self.checkpoint_bytes)} each, {gigabytes(kept * self.checkpoint_bytes)} in all"
         memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items())
+        validations = (len(self.validations) + 1) * self.validates
         encoding = f"pictures and captions, each time they are used ({self.encoded_why})"
         if self.encoded:
             encoding = f"pictures and captions once, kept in {self.encoded} ({gigabytes(self.encoded_bytes)})"
@@ -1068,7 +1072,7 @@ class Plan:
             "encoding": encoding,
             "checkpoints": f"{saves}, {kept} of them kept: {sizes}",
             "export": gigabytes(self.export_bytes),
-            "validations": f"{self.validation_count}, drawing is {100 * self.drawing:.1f} % of the UNet's passes",
+            "validations": f"{validations}, drawing is {self.drawing:.1%} of the UNet's passes",
         }
         return "\n".join(f"  {name:15}  {text}" for name, text in lines.items())
 

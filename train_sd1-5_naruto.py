@@ -173,7 +173,7 @@ def check_plan(plan, saved, rows, settled, accelerator):
         accelerator.print(f"  GPU memory       {free} free, and an estimated {needed} needed")
     if plan.drawing > 0.1:
         remedy = "a larger --validation_steps (or --validation_epochs) draws fewer"
-        warnings.append(f"{100 * plan.drawing:.1f} % of the UNet's passes draw validation pictures; {remedy}")
+        warnings.append(f"{plan.drawing:.1%} of the UNet's passes draw validation pictures; {remedy}")
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     if plan.args.lr_scheduler != "constant" and plan.args.lr_warmup_steps >= plan.max_steps:

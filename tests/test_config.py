@@ -803,7 +803,7 @@ def test_plan_says_how_much_of_a_run_is_drawing(monkeypatch, flags, rows, proces
     monkeypatch.setattr(sd_config, "DENOISING_STEPS", DENOISING_STEPS)
     plan = plan_of(" ".join([*shlex.split(TUTORIAL), flags]), rows, processes)
     assert plan.drawing == pytest.approx(drawing)
-    assert f"{validations}, drawing is {100 * drawing:.1f} % of the UNet's passes" in str(plan)
+    assert f"{validations}, drawing is {drawing:.1%} of the UNet's passes" in str(plan)
 
 
 def test_without_checkpointing_a_training_pass_costs_three(monkeypatch):

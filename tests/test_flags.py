@@ -197,8 +197,8 @@ def test_flag_dry_run(train, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", "601, drawing is 28.6 % of the UNet's passes"),
-        ("--validation_steps=500", "30, drawing is 2.0 % of the UNet's passes"),
+        ("", "601, drawing is 28.6% of the UNet's passes"),
+        ("--validation_steps=500", "30, drawing is 2.0% of the UNet's passes"),
     ],
 )
 def test_a_run_that_draws_much_is_warned(train, tmp_path, monkeypatch, capsys, flags, says):
@@ -210,7 +210,7 @@ def test_a_run_that_draws_much_is_warned(train, tmp_path, monkeypatch, capsys, f
     train(*shlex.split(TUTORIAL), *flags.split(), "--dry_run", *prompts, data=tmp_path / "ninja")
     printed = capsys.readouterr().out
     assert re.search(f"validations +{says}", printed)
-    warned = "warning: 28.6 % of the UNet's passes draw validation pictures; a larger --validation_steps"
+    warned = "warning: 28.6% of the UNet's passes draw validation pictures; a larger --validation_steps"
     assert (warned in printed) == (flags == "")
 
 
