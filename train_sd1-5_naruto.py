@@ -1239,7 +1239,7 @@ def read_dataset(args, accelerator):
     flag = f"--dataset_name {name}" if name else f"--train_data_dir {args.train_data_dir}"
     local = PictureFolder.of(args)
     try:
-        if local and local.texts and not local.metadata:
+        if local and local.has_texts and not local.metadata:
             table = local.read_texts(args)
         elif name is None and local.pictures:
             files = os.path.join(glob.escape(args.train_data_dir), "**")
@@ -1278,13 +1278,13 @@ class PictureFolder:
         files.sort(key=Path.as_posix)
         self.pictures = [file for file in files if file.suffix.lower() in readable]
         self.metadata = [file for file in files if re.fullmatch(r"metadata\.(jsonl|csv|parquet)", file.name)]
-        stems = {picture.with_suffix("") for picture in self.pictures}
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-        self.texts = {stem: file for stem, file in texts.items() if stem in stems}
-        self.stray = [file for stem, file in texts.items() if stem not in stems]
+        self.texts = [texts.get(picture.with_suffix("")) for picture in self.pictures]  # None where there is none
+        self.stray = sorted({*texts.values()} - {*self.texts})
         tables = any(re.search(r"\.(parquet|arrow|tar|zip|gz)$", file.name) for file in files)
         # Whether `datasets`, left to itself, might take the .txt files for the data.
-        self.is_ambiguous = bool(self.pictures and (self.texts or not self.metadata)) and not tables
+        self.has_texts = any(self.texts)
+        self.is_ambiguous = bool(self.pictures and (self.has_texts or not self.metadata)) and not tables
 
     @classmethod
     def of(cls, args):
@@ -1296,20 +1296,17 @@ class PictureFolder:
 
     def read_texts(self, args):
         """Return the pictures and the captions beside them as a data set; exit with code 2 if any has no caption."""
-        captions, problems = {}, []
-        for stem, file in self.texts.items():
+        captions = []
+        for file in self.texts:
             try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines()
-                captions[stem] = [line.strip() for line in lines if line.strip()]
+                lines = file.read_text(encoding="utf-8-sig").splitlines() if file else ()
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{file}: cannot be read as UTF-8 text: {error}")
-        bare = [picture for picture in self.pictures if not captions.get(picture.with_suffix(""))]
-        if bare and not problems:
+                stop_if([f"{file}: cannot be read as UTF-8 text: {error}"])
+            captions.append([line.strip() for line in lines if line.strip()])
+        if bare := [picture for picture, texts in zip(self.pictures, captions, strict=True) if not texts]:
             what = f"{len(bare)} of {len(self.pictures)} pictures have no caption in a .txt file beside them"
-            problems.append(f"{self.folder}: {what}: {some_of(bare, self.folder)}")
-        stop_if(problems)
-        columns = {args.image_column: [str(picture) for picture in self.pictures]}
-        columns[args.caption_column] = [captions[picture.with_suffix("")] for picture in self.pictures]
+            stop_if([f"{self.folder}: {what}: {some_of(bare, self.folder)}"])
+        columns = {args.image_column: [*map(str, self.pictures)], args.caption_column: captions}
         return datasets.Dataset.from_dict(columns).cast_column(args.image_column, datasets.Image())
 
     def notes(self, table, args):
@@ -1318,10 +1315,10 @@ class PictureFolder:
         if named:
             yield f"{named[0]}: every picture counts once; the number of repeats in a folder's name is not applied"
         if not self.metadata:
-            if self.texts and self.stray:
+            if self.has_texts and self.stray:
                 yield f"{len(self.stray)} .txt file(s) belong to no picture: {some_of(self.stray, self.folder)}"
             return
-        if self.texts:
+        if self.has_texts:
             yield f"the captions are those of {self.metadata[0].name}; the .txt files beside pictures are not read"
         if isinstance(table.features.get(args.image_column), datasets.Image):
             listed = {os.path.abspath(path) for path in paths_of(table, args) if path}
@@ -1402,8 +1399,11 @@ def read_pictures(table, args):
     fingerprint, bad = hash_pictures(table, args)
     if not (args.skip_bad_rows or args.aspect_buckets):
         return fingerprint, bad, None
+    kind = "Decoding" if args.skip_bad_rows else "Measuring"
+    file = cache_folder(args) / f"{kind.lower()}-{fingerprint}-{PIL.__version__}.arrow"
     with exit_on(OSError):
-        found = measure_pictures(table, args, fingerprint)
+        measure = functools.partial(measure_pictures, table, args)
+        found = map_once(measure, len(table), 16, file, f"{kind} every picture")
     bad = {number: fault for number, fault in enumerate(found["fault"]) if fault} | bad
     return fingerprint, dict(sorted(bad.items())), found["size"][:] if args.aspect_buckets else None
 
@@ -1466,34 +1466,29 @@ def cache_folder(args):
     return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
-def measure_pictures(table, args, fingerprint):
-    """Return a data set with the `size` (width, height) of every row's picture, upright, and its `fault`, or "".
+def measure_pictures(table, args, numbers):
+    """Return the `size` (width, height), upright, of the pictures of some rows, and each one's `fault`, or "".
 
-    With --skip_bad_rows each is decoded; otherwise only its header is read, as far as its format has one.
+    With --skip_bad_rows they are decoded; otherwise only their headers are read, as far as their format has one.
     """
-    files = table.cast_column(args.image_column, datasets.Image(decode=False))
-
-    def measure_picture(number):
+    files, found = table.cast_column(args.image_column, datasets.Image(decode=False)), {"size": [], "fault": []}
+    for number in numbers:
+        size, fault = (0, 0), ""
         try:
             held = files[number][args.image_column]
             if args.skip_bad_rows or "://" in (held["path"] or ""):
-                return to_rgb(table[number][args.image_column]).size, ""
-            with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as image:
-                on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                return image.size[::-1] if on_its_side else image.size, ""
+                size = to_rgb(table[number][args.image_column]).size
+            else:
+                with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as image:
+                    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    size = image.size[::-1] if on_its_side else image.size
         except MemoryError:
             raise
         except Exception as error:  # a decoder may raise anything on a broken file
-            return (0, 0), f"{type(error).__name__}: {error}"
-
-    def measure(numbers):
-        sizes, faults = zip(*map(measure_picture, numbers), strict=True)
-        return {"size": [*sizes], "fault": [*faults]}
-
-    kind = "decoded" if args.skip_bad_rows else "opened"
-    file = cache_folder(args) / f"{kind}-{fingerprint}-{PIL.__version__}.arrow"
-    what = "Decoding every picture" if args.skip_bad_rows else "Measuring every picture"
-    return map_once(measure, len(table), 16, file, what)
+            fault = f"{type(error).__name__}: {error}"
+        found["size"].append(size)
+        found["fault"].append(fault)
+    return found
 
 
 def map_once(function, count, batch_size, file, description):
