@@ -1321,8 +1321,8 @@ class PictureFolder:
         if self.has_texts:
             yield f"the captions are those of {self.metadata[0].name}; the .txt files beside pictures are not read"
         if isinstance(table.features.get(args.image_column), datasets.Image):
-            listed = {os.path.abspath(path) for path in paths_of(table, args) if path}
-            if unlisted := [picture for picture in self.pictures if os.path.abspath(picture) not in listed]:
+            listed = {os.path.realpath(path) for path in paths_of(table, args) if path}
+            if unlisted := [picture for picture in self.pictures if os.path.realpath(picture) not in listed]:
                 what = f"{len(unlisted)} of {len(self.pictures)} pictures are not listed in {self.metadata[0].name}"
                 yield f"{what}, and not trained on: {some_of(unlisted, self.folder)}"
 
@@ -1891,7 +1891,7 @@ def describe_best(run):
     step, last = sd_config.step_of(folder), run.losses[str(run.step)]["val/loss_ema" if run.average else "val/loss"]
     if step == run.step:
         return f"The last checkpoint is the best: {name} {loss:.4f}."
-    best = f"{name} {loss:.4f} at step {step}, {100 * (1 - loss / last):.1f} % below the last step's {last:.4f}"
+    best = f"{name} {loss:.4f} at step {step}, {1 - loss / last:.1%} below the last step's {last:.4f}"
     return f"The best checkpoint: {best}. Draw with it: {infer.command({'checkpoint': folder})}"
 
 
@@ -1913,7 +1913,7 @@ def card_head(args):
 
 def escaped(value):
     """Return a value as Markdown that shows it as it is, in a table too."""
-    return "<br>".join(re.sub(r"[\\`*\[\]<>|~&$]|\b_|_\b", r"\\\g<0>", str(value)).splitlines())
+    return "<br>".join(re.sub(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", str(value)).splitlines())
 
 
 def model_card(run, best):

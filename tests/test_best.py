@@ -60,7 +60,7 @@ def test_the_best_is_kept_besides_the_limit_and_named(train, course, capsys, lim
     run = train(*FLAGS, "--use_ema", "--max_train_steps=6", *limited)
     assert course["kept"] == kept
     said = told(capsys)
-    assert said.startswith("The best checkpoint: val/loss_ema 0.3000 at step 3, 40.0 % below the last step's 0.5000. ")
+    assert said.startswith("The best checkpoint: val/loss_ema 0.3000 at step 3, 40.0% below the last step's 0.5000. ")
     _, script, checkpoint = shlex.split(said.partition("Draw with it: ")[2])
     assert script == "infer.py"
     assert infer.parse_args([checkpoint]).checkpoint == str(run.output / "checkpoint-3")
@@ -76,7 +76,7 @@ def test_the_best_is_kept_besides_the_limit_and_named(train, course, capsys, lim
 
 def test_without_an_average_the_weights_decide(train, course, capsys):
     assert steps(train(*FLAGS, "--max_train_steps=6", "--checkpoints_total_limit=1").output) == [5, 6]
-    assert "The best checkpoint: val/loss 0.2000 at step 5, 75.0 % below the last step's 0.8000." in told(capsys)
+    assert "The best checkpoint: val/loss 0.2000 at step 5, 75.0% below the last step's 0.8000." in told(capsys)
     assert {name for _, name in course["measured"]} == {"val/loss"}
 
 

@@ -303,7 +303,7 @@ def test_a_tracker_that_fails_does_not_stop_the_training(whole, train, monkeypat
         monkeypatch.setattr(TensorBoardTracker, name, failing(ConnectionError("unexpected")))
     run = train(*FLAGS, *PROMPTS, "--report_to=tensorboard")
     printed = "".join(capfd.readouterr())
-    assert printed.count("warning: ") == printed.count("unexpected") == 1
+    assert printed.count("warning: tensorboard ") == printed.count("unexpected") == 1
     assert set(logged(run.output)) == {1, 2, 5, 6}
     assert saved(run.output, whole) == [2, 4, 6]
     assert files(run.output / "samples") == files(whole.output / "samples")

@@ -107,6 +107,14 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+def test_a_link_to_a_folder_lists_all_its_pictures(train, tmp_path, capfd, flag):
+    fill(tmp_path / "photos", BARE | {"metadata.jsonl": LISTED})
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    train(f"{flag}={tmp_path / 'link'}", "--dry_run", data=None)
+    assert "not listed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("files, captions, says", FOLDERS.values(), ids=FOLDERS)
 def test_folders_as_users_have_them(train, tmp_path, capfd, monkeypatch, flag, files, captions, says):
     folder = fill(tmp_path / "above/photos", files)

@@ -32,6 +32,7 @@ def test_the_tutorial_end_to_end(here):
     printed = start(*command, *paths, folder=here)
     assert "The trained pipeline is in sd-naruto-model" in printed
     ours = "Loading |Reading |Plan |  |Encoding |Generating train split|Steps|The trained |swanlab: |to sync this run|$"
+    ours += "|warning: .* draws fewer"  # in so short a run
     assert [line for line in re.split("[\r\n]+", printed) if not re.match(ours, line)] == []
     assert list((here / "sd-naruto-model/logs").glob("run-*/*.swanlab"))
     assert len(list((here / "sd-naruto-model/samples").glob("step-*/*.png"))) == 10
@@ -96,7 +97,7 @@ def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, c
     printed.append("".join(capfd.readouterr()))
     plans = [re.search(r"effective batch +(\d+) \((\d+) x (\d+)", text).groups() for text in printed]
     assert plans == [("8", "4", "2"), ("8", "8", "1")]
-    measured = [re.findall(r"Step (\d+): (\S+) ([\d.]+)", text) for text in printed]
+    measured = [re.findall(r"(Step \d+:|,) (val/\S+) ([\d.]+)", text) for text in printed]
     assert len(measured[0]) >= 5
     for two_line, one_line in zip(*measured, strict=True):
         assert one_line[:2] == two_line[:2]

@@ -147,7 +147,7 @@ def test_the_optimizer_runs_fused(whole):
     assert whole.run.optimizer.adamw.param_groups[0]["fused"]
 
 
-ODD = "a | b\nc `d` <img src=x> **e** _f_ [g](h) ~~i~~ &lt; $j$ \\| k\\"
+ODD = "a | b\nc `d` <img src=x> **e** _f_ __n_o__ [g](h) ~~i~~ &lt; $j$ \\| k\\"
 
 
 def card_of(whole, **changed):
