@@ -132,8 +132,8 @@ FLAGS = {
          "datasets library can read (parquet, WebDataset, save_to_disk), or of pictures with captions."),
         ("dataset_config_name", None, str, "Configuration of the data set, where it has several."),
         ("train_data_dir", None, PATH, "Folder of pictures, whose captions are in .txt files beside them or in a "
-         "metadata.jsonl. Given alone, it replaces --dataset_name; given with it, it is the subfolder of that data set "
-         "to use."),
+         "metadata.jsonl or .csv. Given alone, it replaces --dataset_name; given with it, it is the subfolder of that "
+         "data set to use."),
         ("image_column", "image", str, "Column that holds the pictures."),
         ("caption_column", "text", str, "Column that holds a caption, or a list of captions."),
         ("max_train_samples", None, integer(1), "Train on a random subset of this many rows. Default: all rows."),
@@ -423,8 +423,8 @@ def ignored_flags(args, given):
 
 def resolve_memory(args, problems):
     """Complete the flags for memory and speed that were left open, and check that they fit together."""
-    if args.aspect_buckets and args.resolution % 64:
-        problems.append(f"--resolution {args.resolution}: must be a multiple of 64 with --aspect_buckets")
+    if args.aspect_buckets and args.resolution not in range(128, 10**9, 64):  # at 64 there is the square only
+        problems.append(f"--resolution {args.resolution}: must be 128, 192, 256, ... with --aspect_buckets")
     if args.aspect_buckets and args.torch_compile:
         problems.append("--torch_compile: would compile for every shape of --aspect_buckets; leave one of them out")
     if args.cache_latents == "on" and not args.center_crop:
@@ -1104,7 +1104,7 @@ def compare_runs(saved, plan, now, data):
     identity = {
         "--seed": (now["seed"], saved.seed),
         batch: (plan.effective_batch, saved.effective_batch),
-        "fingerprint of the data set": (data, saved.data),
+        "fingerprint of the data set (its pictures and captions)": (data, saved.data),
         "--max_train_samples": (now["max_train_samples"], before.get("max_train_samples")),
         "--validation_samples": (now["validation_samples"], before.get("validation_samples", 0)),
         "--use_8bit_adam (which --low_memory sets)": (now["use_8bit_adam"], before.get("use_8bit_adam")),

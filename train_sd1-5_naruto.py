@@ -864,6 +864,7 @@ class Run:
         self.frozen = Frozen(pipeline, accelerator)
         side, timesteps = args.resolution // pipeline.vae_scale_factor, len(noise_scheduler.alphas_cumprod)
         latent_shape = pipeline.vae.config.latent_channels, side, side
+        pipeline.unet.register_to_config(sample_size=side)  # so that pictures are drawn in the size trained on
         self.stream = SampleStream(rows, tokenizer, args, seed, latent_shape, timesteps)
         measures = rows.held_out and accelerator.is_main_process
         self.held_out = encode_held_out(self.stream, self.frozen) if measures else None
@@ -1256,7 +1257,8 @@ def read_dataset(args, accelerator):
             table = datasets.load_dataset(name, args.dataset_config_name, data_dir=args.train_data_dir, **options)
     except Exception as error:  # the library raises many types of error
         cause = f"{error} {error.__cause__ or ''}"
-        stop_if([f"{flag}: cannot be loaded (check name and network, or give a local folder): {cause}"])
+        remedy = "check the folder" if local else "check name and network, or give a local folder"
+        stop_if([f"{flag}: cannot be loaded ({remedy}): {cause}"])
     stop_if([f"{flag}: its train split is empty"] if len(table) == 0 else [])
     for note in local.notes(table, args) if local else ():
         accelerator.print(f"note: {note}")
@@ -1281,6 +1283,7 @@ class PictureFolder:
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
         self.texts = [texts.get(picture.with_suffix("")) for picture in self.pictures]  # None where there is none
         self.stray = sorted({*texts.values()} - {*self.texts})
+        self.others = sorted({*files} - {*self.pictures, *self.metadata, *texts.values()})
         tables = any(re.search(r"\.(parquet|arrow|tar|zip|gz)$", file.name) for file in files)
         # Whether `datasets`, left to itself, might take the .txt files for the data.
         self.has_texts = any(self.texts)
@@ -1314,13 +1317,17 @@ class PictureFolder:
         named = [picture.parent.name for picture in self.pictures if re.match(r"\d+_", picture.parent.name)]
         if named:
             yield f"{named[0]}: every picture counts once; the number of repeats in a folder's name is not applied"
-        if not self.metadata:
-            if self.has_texts and self.stray:
+        if self.pictures and self.others:
+            yield f"{len(self.others)} file(s) are no pictures that PIL here reads: {some_of(self.others, self.folder)}"
+        if not self.metadata and self.has_texts:
+            if self.stray:
                 yield f"{len(self.stray)} .txt file(s) belong to no picture: {some_of(self.stray, self.folder)}"
+            if several := sum(len(captions) > 1 for captions in table[args.caption_column]):
+                yield f"{several} picture(s) have several captions, one a line, of which each sample takes one"
             return
         if self.has_texts:
             yield f"the captions are those of {self.metadata[0].name}; the .txt files beside pictures are not read"
-        if isinstance(table.features.get(args.image_column), datasets.Image):
+        if self.metadata and isinstance(table.features.get(args.image_column), datasets.Image):
             listed = {os.path.realpath(path) for path in paths_of(table, args) if path}
             if unlisted := [picture for picture in self.pictures if os.path.realpath(picture) not in listed]:
                 what = f"{len(unlisted)} of {len(self.pictures)} pictures are not listed in {self.metadata[0].name}"
@@ -1333,9 +1340,9 @@ class PictureFolder:
         name, folder = self.pictures[0].name, self.folder
         lines = [
             ". Captions of a folder of pictures are given in one of three ways:",
-            f"beside {name}, a {Path(name).stem}.txt with its caption (or several, one a line)",
-            f'a {folder / "metadata.jsonl"} with lines like {{"file_name": "{name}", "text": "a caption"}}',
-            f"a {folder / 'metadata.csv'} with the first line file_name,text",
+            f"beside {name}: {Path(name).stem}.txt with its caption (or several, one a line)",
+            f'{folder / "metadata.jsonl"} with lines like {{"file_name": "{name}", "text": "a caption"}}',
+            f"{folder / 'metadata.csv'} with the first line file_name,text",
         ]
         near = [path for path in sorted(folder.glob("*")) if re.search(r"meta|capt|\.(jsonl?|csv|txt)", path.name)]
         near += sorted(folder.absolute().parent.glob("metadata.*"))

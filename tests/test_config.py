@@ -277,7 +277,7 @@ REFUSED = [
     "--caption_column=image | --caption_column image | is --image_column too",
     "--cache_dir=file | --cache_dir file | is a file",
     "--cache_latents=on | --cache_latents on | add --center_crop",
-    "--aspect_buckets --resolution=72 | --resolution 72 | must be a multiple of 64 with --aspect_buckets",
+    *(f"--aspect_buckets --resolution={n} | --resolution {n} | must be 128, 192, 256, ..." for n in (64, 136)),
     "--aspect_buckets --torch_compile | --torch_compile | for every shape of --aspect_buckets",
     *(
         f"--validation_negative_prompt=x --validation_guidance_scale={scale} | --validation_negative_prompt "
@@ -677,7 +677,12 @@ COSINE = {"args": {"lr_scheduler": "cosine"}, "max_steps": 4}
     [
         ("", {"seed": 8}, PROBLEM, "--seed: 7 here, but 8 in the run that --resume_from_checkpoint goes on with"),
         ("", {"effective_batch": 8}, PROBLEM, "--gradient_accumulation_steps x processes: 16 here, but 8 in the run"),
-        ("", {"data": "def"}, PROBLEM, "fingerprint of the data set: abc here, but def in the run"),
+        (
+            "",
+            {"data": "def"},
+            PROBLEM,
+            "fingerprint of the data set (its pictures and captions): abc here, but def in the run",
+        ),
         ("--max_train_samples=5", {}, PROBLEM, "--max_train_samples: 5 here, but None in the run"),
         ("--validation_samples=3", {}, PROBLEM, "--validation_samples: 3 here, but 0 in the run"),
         ("", {"args": {"use_8bit_adam": True}}, PROBLEM, "--use_8bit_adam (which --low_memory sets): False here, but"),

@@ -47,7 +47,19 @@ ABOVE = NEAR.replace("folder", "above")
 # What a folder holds -> the captions of its rows in their order, and what is said besides; or the error.
 FOLDERS = {
     "captions in .txt": (CATS, ["a cat", "a dog"], []),
-    "several captions": (CATS | {"one.txt": "a cat\n\n a black cat \r\n"}, [["a cat", "a black cat"], "a dog"], []),
+    "several captions": (
+        CATS | {"one.txt": "a cat\n\n a black cat \r\n"},
+        [["a cat", "a black cat"], "a dog"],
+        ["1 picture(s) have several captions, one a line, of which each sample takes one"],
+    ),
+    "a phone's": (
+        CATS | {"IMG_1.HEIC": "?", "IMG_1.txt": "?", "x/v.mov": "?"},
+        ["a cat", "a dog"],
+        [
+            "2 file(s) are no pictures that PIL here reads: IMG_1.HEIC, x/v.mov",
+            "1 .txt file(s) belong to no picture: IMG_1.txt",
+        ],
+    ),
     "byte order mark": (CATS | {"one.txt": "\ufeffun café"}, ["un café", "a dog"], []),
     "suffixes of any case, and new formats": (
         {"B.JPG": None, "a.AVIF": None, "c.webp": None, "B.TXT": "b", "a.txt": "a", "c.txt": "c"},

@@ -129,6 +129,9 @@ def test_each_picture_names_the_command_that_draws_it_again(train, tmp_path):
             program, script, *flags = shlex.split(settings["command"])
             assert (program, script) == ("python", "infer.py")
             assert flags[0] == f"--checkpoint={output}/checkpoint-{step}"
+            size = [flag for flag in flags if flag.startswith(("--height", "--width"))]
+            flags = [flag for flag in flags if flag not in size]  # by default it is the one trained on
+            assert size == ["--height=128", "--width=128"]
             infer.main(infer.parse_args([*flags, "--output", str(tmp_path / "again.png")]))
             again = Image.open(tmp_path / "again.png")
             assert picture.size == (128, 128)
