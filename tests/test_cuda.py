@@ -32,14 +32,14 @@ CHECKPOINTING = "--gradient_checkpointing"
 # Flags; how often a step waits for the device (an average on the host does, in its thread); peak memory of a step, of
 # the tiny model, in units of 10^6 bytes.
 RECIPES = {
-    "faithful": (f"{FAITHFUL} {CHECKPOINTING}", 0, 82.8),
-    "faithful, one by one": (f"{FAITHFUL} {CHECKPOINTING} --micro_batch_size=1", 0, 62.8),
-    "faithful, EMA on the host": (f"{FAITHFUL} {CHECKPOINTING} --offload_ema", 1, 76.1),
-    "fast": (AT_ONCE, 0, 126.9),
-    "fast, checkpointing": (f"{AT_ONCE} {CHECKPOINTING}", 0, 75.3),
-    "fp16": (f"{AT_ONCE} --mixed_precision=fp16", 1, 126.9),
-    "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 66.3),
-    "smallest": (f"{FAITHFUL} --low_memory", 2, 56.1),
+    "faithful": (f"{FAITHFUL} {CHECKPOINTING}", 0, 82.7),
+    "faithful, one by one": (f"{FAITHFUL} {CHECKPOINTING} --micro_batch_size=1", 0, 60.9),
+    "faithful, EMA on the host": (f"{FAITHFUL} {CHECKPOINTING} --offload_ema", 1, 76.0),
+    "fast": (AT_ONCE, 0, 122.9),
+    "fast, checkpointing": (f"{AT_ONCE} {CHECKPOINTING}", 0, 71.2),
+    "fp16": (f"{AT_ONCE} --mixed_precision=fp16", 1, 122.9),
+    "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 62.3),
+    "smallest": (f"{FAITHFUL} --low_memory", 2, 52.0),
 }
 Seen = collections.namedtuple("Seen", "code printed counts peaks waits streams early")
 
