@@ -36,6 +36,7 @@ RECIPES = {
     "faithful, one by one": (f"{FAITHFUL} {CHECKPOINTING} --micro_batch_size=1", 0, 60.9),
     "faithful, EMA on the host": (f"{FAITHFUL} {CHECKPOINTING} --offload_ema", 1, 76.0),
     "fast": (AT_ONCE, 0, 122.9),
+    "shapes": (f"{AT_ONCE} --aspect_buckets", 0, 122.9),
     "fast, checkpointing": (f"{AT_ONCE} {CHECKPOINTING}", 0, 71.2),
     "fp16": (f"{AT_ONCE} --mixed_precision=fp16", 1, 122.9),
     "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 62.3),
