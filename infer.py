@@ -20,19 +20,17 @@ from pathlib import Path
 import sd_config
 from sd_config import PATH, choice, integer, real, stop_if
 
-# Samplers by their usual names; the values are the names of diffusers' classes.
+# Samplers by their usual names: diffusers' class, and AUTOMATIC1111's name (modules/sd_samplers_*.py), if it has one.
 SCHEDULERS = {
-    "pndm": "PNDMScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
+    "pndm": ("PNDMScheduler", "PLMS"),
+    "ddim": ("DDIMScheduler", "DDIM"),
+    "ddpm": ("DDPMScheduler", None),
+    "euler": ("EulerDiscreteScheduler", "Euler"),
+    "euler_a": ("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": ("HeunDiscreteScheduler", "Heun"),
+    "dpm++": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "unipc": ("UniPCMultistepScheduler", "UniPC"),
 }
-# AUTOMATIC1111's names of them, in this order (its modules/sd_samplers_*.py); it has no DDPM.
-SAMPLERS = ("PLMS", "DDIM", None, "Euler", "Euler a", "Heun", "DPM++ 2M", "UniPC")
 
 # fmt: off
 FLAGS = {
@@ -66,12 +64,7 @@ def parse_args(argv=None):
         argparse.Namespace: one attribute per flag; `outputs` lists the files to write, prompt by prompt.
     """
     parser = sd_config.Parser("Draw pictures from prompts with a trained Stable Diffusion pipeline.", FLAGS)
-    args, given, problems = parser.parse_all(argv)
-    if not problems:
-        with sd_config.exit_on(OSError):
-            resolve(args, given, problems)
-    stop_if(problems)
-    return args
+    return parser.parse_checked(argv, resolve)
 
 
 def resolve(args, given, problems):
@@ -222,7 +215,7 @@ def open_pipeline(args, dtype):
         options["unet"] = load(load_unet, "--checkpoint", args.checkpoint, subfolder=name, dtype=dtype)
     pipeline = load(StableDiffusionPipeline.from_pretrained, "--model_path", args.model_path, **options)
     check_tokenizer(pipeline.tokenizer, f"--model_path {args.model_path}")
-    set_scheduler(pipeline, SCHEDULERS.get(args.scheduler), **args.trained)
+    set_scheduler(pipeline, args.scheduler and SCHEDULERS[args.scheduler][0], **args.trained)
     return pipeline
 
 
@@ -306,8 +299,7 @@ def parameters(settings, text, scheduler):
     """
     folder = Path(os.path.abspath(text.get("checkpoint") or text.get("model_path") or os.sep))
     model = f"{folder.parent.name}/{folder.name}" if text.get("checkpoint") else folder.name
-    sampler = dict(zip(SCHEDULERS.values(), SAMPLERS, strict=True)).get(scheduler)
-    line = {"Steps": settings["num_inference_steps"], "Sampler": sampler}
+    line = {"Steps": settings["num_inference_steps"], "Sampler": dict(SCHEDULERS.values()).get(scheduler)}
     line |= {"CFG scale": max(1, settings["guidance_scale"]), "Seed": settings["seed"]}  # 1 is without guidance there
     line |= {"Size": f"{settings['width']}x{settings['height']}", "RNG": "CPU"}  # of the starting noise
     line["Model"] = json.dumps(model, ensure_ascii=False) if re.search("[,:\n]", model) else model
@@ -384,6 +376,8 @@ def write_single_file(args):
     print(f"Loading {args.checkpoint or args.model_path}")
     pipeline = open_pipeline(args, torch.float32)
     restore_precision(pipeline, "--model_path", args.base.get("variant"))  # which ends this if its files lack tensors
+    if pipeline.unet.config.use_linear_projection:  # its text encoder has another layout there
+        sd_config.stop("--single_file: for models like Stable Diffusion 1.5, and this one is like Stable Diffusion 2")
     tensors = original_layout(pipeline, DTYPES[dtype])
     size = sum(tensor.nbytes for tensor in tensors.values())
     with sd_config.exit_on(sd_config.WriteError, OSError):

@@ -246,13 +246,8 @@ def parse_args(argv=None):
 
     Exits with code 2, after naming every problem found, if any flag or combination of flags is wrong.
     """
-    parser = Parser("Fine-tune all weights of Stable Diffusion's UNet on pictures with captions.", FLAGS)
-    args, given, problems = parser.parse_all(argv)
-    notices = []
-    if not problems:  # a value that failed its own check would only cause confusing follow-up messages
-        with exit_on(OSError):
-            resolve(args, given, problems, notices)
-    stop_if(problems)
+    parser, notices = Parser("Fine-tune all weights of Stable Diffusion's UNet on pictures with captions.", FLAGS), []
+    args = parser.parse_checked(argv, lambda *found: resolve(*found, notices))
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)
@@ -333,19 +328,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         stop_if([f"{message} (--help lists all flags)"])
 
-    def parse_all(self, argv=None):
-        """Return the namespace, the set of flags that were given, and the list of problems."""
+    def parse_checked(self, argv, resolve):
+        """Return the namespace that `resolve(namespace, given, problems)` has completed; exit if there are problems."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         absent = object()
         # argparse fills in a default only where the namespace has nothing yet: what stays absent was not given.
         args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
         given = {name for name, value in vars(args).items() if value is not absent}
         vars(args).update({name: default for name, default in defaults.items() if name not in given})
-        problems = [f"--{name} {value}" for name, value in vars(args).items() if isinstance(value, Rejected)]
+        problems = [*self.unknown_flags(unknown)]
+        problems += [f"--{name} {value}" for name, value in vars(args).items() if isinstance(value, Rejected)]
         for name, value in vars(args).items():
             if re.search("[\ud800-\udfff]", "".join(value) if isinstance(value, list) else str(value)):
                 problems.append(f"--{name} {value!a}: is not UTF-8")
-        return args, given, [*self.unknown_flags(unknown), *problems]
+        if not problems:  # a value that failed its own check would only cause confusing follow-up messages
+            with exit_on(OSError):
+                resolve(args, given, problems)
+        stop_if(problems)
+        return args
 
     def unknown_flags(self, unknown):
         """Yield a problem for each argument that is no flag, with the flag that resembles it most."""
@@ -610,10 +610,6 @@ class TrainerState:
     encoding: str | None = None  # name of the folder of what is encoded only once, or "" (None in older checkpoints)
     losses: dict = dataclasses.field(default_factory=dict)  # on held-out rows, by step (a text) and by name
 
-    def write(self, folder):
-        """Write the state into a checkpoint's folder."""
-        (folder / STATE).write_text(json.dumps(dataclasses.asdict(self), indent=2), encoding="utf-8")
-
 
 def read_state(folder, flag="--resume_from_checkpoint"):
     """Return the `TrainerState` of a checkpoint; exit with code 2, naming `flag`, if it cannot be read."""
@@ -821,8 +817,7 @@ def prune_checkpoints(output, limit, step, last_step):
     """Keep the best and the last `limit` whole checkpoints up to `step`, just saved after the one of `last_step`."""
     past = [path for path in checkpoints(output) if step_of(path) <= step]
     # Checkpoints between these two are damaged, or the run would have resumed from one.
-    damaged = [path for path in past if last_step < step_of(path) < step]
-    whole = [path for path in past if path not in damaged]
+    whole = [path for path in past if not last_step < step_of(path) < step]
     kept = {*whole[-limit:], best_checkpoint(whole, new=step)[0]}
     try:
         for old in (path for path in past if path not in kept):
@@ -984,8 +979,8 @@ class Plan:
         self.limit = (limit := args.checkpoints_total_limit) and limit + bool(args.validation_samples)  # with the best
         self.validates = bool(args.validation_prompts or args.validation_samples)
         first = args.validation_steps or self.steps_per_epoch
-        interval = args.validation_steps or first * args.validation_epochs
-        self.validations = range(first, self.max_steps, interval)  # and one at the end
+        every = args.validation_steps or self.steps_per_epoch * args.validation_epochs
+        self.validations = range(first, self.max_steps, every)  # and one at the end
         # Bytes: of what is trained, of a checkpoint, of the export.
         each, average = 2 if args.low_memory else 4, 4 * parameters if args.use_ema else 0
         moments = 2 * (1 if args.use_8bit_adam else 4) * parameters

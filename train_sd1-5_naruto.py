@@ -57,16 +57,7 @@ import psutil
 import pyarrow.compute
 import torch
 import torch.nn.functional as F
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedType,
-    DynamoBackend,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-)
-from accelerate.utils.memory import clear_device_cache
+from accelerate import utils
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
@@ -117,7 +108,9 @@ def main(args):
         if saved:
             restore(run, saved)
         run.tracker.start(run)
-        clear_output(run)
+        if main_process:
+            sd_config.clear_output(args, run.stream.encoded and run.stream.encoded.name)
+        accelerator.wait_for_everyone()
         with rescued(run):
             train(run)
             export(run)
@@ -126,7 +119,7 @@ def main(args):
 def choose_seed(args, saved, accelerator):
     """Return the run's seed: the one given, the checkpoint's, or one that rank 0 draws for all ranks."""
     known = saved.seed if args.seed is None and saved else args.seed
-    seed = broadcast_object_list([secrets.randbits(32) if known is None else known])[0]
+    seed = utils.broadcast_object_list([secrets.randbits(32) if known is None else known])[0]
     if known is None:
         accelerator.print(f"No --seed given: drew {seed}. Give it to repeat this run.")
     return seed
@@ -147,7 +140,7 @@ def make_plan(args, saved, rows, accelerator):
     options = {"encoding": saved and saved.encoding, "device": device, "precision": accelerator.mixed_precision}
     options["area"] = sum(math.prod(rows.shapes[number]) for number in rows.kept)
     plan = Plan(args, len(rows.kept), accelerator.num_processes, *sizes, **options)
-    plan.encoded = broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
+    plan.encoded = utils.broadcast_object_list([plan.encoded])[0]  # each machine may have another disk
     return plan
 
 
@@ -158,7 +151,7 @@ def check_plan(plan, saved, rows, settled, accelerator):
     """
     step, output = saved.step if saved else 0, plan.args.output_dir
     problems, warnings = sd_config.compare_disk(plan, step)
-    if len({*(steps := gather_object([step]))}) > 1:
+    if len({*(steps := utils.gather_object([step]))}) > 1:
         problems.append(f"--output_dir {output}: must be shared by all machines; they are at steps {steps}")
     if saved:
         now = plain_args(plan.args, accelerator) | settled
@@ -388,10 +381,9 @@ def train(run):
     """Train from `run.step` to the last step, saving and validating when the plan says so."""
     if run.args.torch_compile or run.args.use_8bit_adam:
         run.accelerator.print("Compiling: the first step takes minutes, the others do not.")
-    if run.step == 0:
-        measure(run)
-        run.accelerator.wait_for_everyone()
     with Signals(run.accelerator) as signals:
+        if run.step == 0:
+            measure(run)
         if run.plan.validates_after(run.step):
             validate(run, signals, missing_only=True)  # a signal may have cut this validation short
         leave_if_asked(run, signals)
@@ -446,7 +438,7 @@ def train_step(run, batch):
     """
     while (loss := add_gradients(run, batch)) is None:  # out of memory: retry with smaller micro-batches
         run.optimizer.adamw.zero_grad()
-        clear_device_cache(garbage_collection=True)
+        utils.memory.clear_device_cache(garbage_collection=True)
     gradient_norm = clip_gradients(run)
     run.consistent = False
     torch.manual_seed(keyed_seed(run.stream.seed, "rounding", run.step))  # for --low_memory's stochastic rounding
@@ -520,9 +512,8 @@ class Optimizer:
 
     def __init__(self, args, plan, unet, accelerator):
         adamw = create_adamw(args, plan, unet)
-        schedule = get_scheduler(  # only for its function: step -> factor of the rate
-            args.lr_scheduler, adamw, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.max_steps
-        )
+        # Only for its function: step -> factor of the rate.
+        schedule = get_scheduler(args.lr_scheduler, adamw, None, args.lr_warmup_steps, plan.max_steps)
         self.accelerator, self.peak_rate, self.rate_factor = accelerator, plan.learning_rate, schedule.lr_lambdas[0]
         self.fused = adamw.defaults.get("fused")
         self.nonfinite = torch.zeros((), device=accelerator.device)  # 1 once something was not finite
@@ -815,11 +806,11 @@ def create_accelerator(args):
         accelerator = accelerate.Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+            project_config=utils.ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=TIMEOUT),
+                utils.InitProcessGroupKwargs(timeout=TIMEOUT),
                 # Checkpointing casts the weights again in the backward pass: copies kept for it would only take memory.
-                AutocastKwargs(cache_enabled=not args.gradient_checkpointing),
+                utils.AutocastKwargs(cache_enabled=not args.gradient_checkpointing),
             ],
         )
         torch.empty(0, device=accelerator.device)
@@ -836,9 +827,9 @@ def create_accelerator(args):
         remedy = "launch with accelerate launch --multi_gpu or torchrun (on CPUs with ACCELERATE_USE_CPU=true)"
         problems.append(f"WORLD_SIZE {launched}: accelerate sees {seen} process(es); {remedy}")
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if kind not in (utils.DistributedType.NO, utils.DistributedType.MULTI_CPU, utils.DistributedType.MULTI_GPU):
         problems.append(f"accelerate's configuration asks for {kind}: only plain data parallelism is supported")
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if accelerator.state.dynamo_plugin.backend != utils.DynamoBackend.NO:
         problems.append("accelerate's configuration asks for dynamo: use --torch_compile instead")
     stop_if(problems)
     if args.allow_tf32:
@@ -1052,10 +1043,8 @@ class EightBitAdamW(torch.optim.Optimizer):
             torch.cat([weight.grad.flatten() for weight in tensors], out=self.values.grad[: sum(sizes)])
             self.large.state[self.values] = chunk
             self.large.step()
-            pieces = self.values[: sum(sizes)].split(sizes)
-            torch._foreach_copy_(
-                tensors, [piece.view(weight.shape) for piece, weight in zip(pieces, tensors, strict=True)]
-            )
+            pieces = zip(self.values[: sum(sizes)].split(sizes), tensors, strict=True)
+            torch._foreach_copy_(tensors, [piece.view(weight.shape) for piece, weight in pieces])
         self.values.data, self.values.grad = self.values.new_zeros(0), None
 
     def load_state_dict(self, state_dict):
@@ -1154,13 +1143,6 @@ def restore(run, saved):
         run.accelerator.print("warning: encoders, rows or the flags for pictures are not those of the run so far")
 
 
-def clear_output(run):
-    """Delete what a killed run left half written and, with --overwrite_output_dir, the old run (not its logs)."""
-    if run.accelerator.is_main_process:
-        sd_config.clear_output(run.args, run.stream.encoded and run.stream.encoded.name)
-    run.accelerator.wait_for_everyone()
-
-
 # -- The data set: rows, captions, pictures ------------------------------------------------------------------
 
 
@@ -1197,7 +1179,7 @@ def load_rows(args, tokenizer, seed, accelerator):
     captions = [list_captions(caption) for caption in table[args.caption_column]]
     check_captions(captions, args, tokenizer, accelerator)
     on_main = [read_pictures(table, args) if accelerator.is_main_process else None]
-    fingerprint, bad, sizes = broadcast_object_list(on_main)[0]
+    fingerprint, bad, sizes = utils.broadcast_object_list(on_main)[0]
     if bad and not args.skip_bad_rows:
         faults = [f"{name_row(table, number, args)}: {fault}" for number, fault in bad.items()]
         stop_if([*faults[:10], f"{len(bad)} row(s) without a readable picture; --skip_bad_rows trains on the others"])
@@ -1206,10 +1188,9 @@ def load_rows(args, tokenizer, seed, accelerator):
     limit = args.max_train_samples
     numbers = range(len(table)) if limit is None or limit >= len(table) else permutation(seed, "subset", len(table))
     # Held-out rows depend on the data set only, not on the seed.
-    held_out = [number for number in permutation("held out", 0, len(table)) if number not in bad]
-    held_out = held_out[: args.validation_samples]
-    left_out = {*bad, *held_out}
-    kept = [number for number in numbers if number not in left_out][:limit]
+    good = [number for number in permutation("held out", 0, len(table)) if number not in bad]
+    held_out, trained = good[: args.validation_samples], {*good[args.validation_samples :]}
+    kept = [number for number in numbers if number in trained][:limit]
     if not kept:
         flag = f"--validation_samples {args.validation_samples}" if held_out else "--skip_bad_rows"
         stop_if([f"{flag}: of {len(table)} rows, {len(bad)} of them bad, none is left to train on"])
@@ -1223,15 +1204,12 @@ def load_rows(args, tokenizer, seed, accelerator):
 
 def describe_shapes(pictures):
     """Say what --aspect_buckets does to pictures: tuples of a width and a height, and of a shape's height and width."""
-    counts, seen, enlarged = collections.Counter(), 0.0, 0
-    for width, height, rows, columns in pictures:
-        counts[f"{columns}x{rows}"] += 1
-        scale = max(rows / height, columns / width)
-        seen += rows * columns / (height * width * scale**2)
-        enlarged += scale > 1.5
+    counts = collections.Counter(f"{columns}x{rows}" for _, _, rows, columns in pictures)
     shapes = ", ".join(f"{shape}: {count}" for shape, count in counts.most_common())
-    cropped = f"on average {1 - seen / len(pictures):.1%} of a picture is cropped"
-    return f"{shapes}; {cropped}; {enlarged} of the pictures are enlarged by more than half"
+    width, height, rows, columns = np.array(pictures).T
+    scale = np.maximum(rows / height, columns / width)
+    cropped = f"on average {1 - (rows * columns / (height * width * scale**2)).mean():.1%} of a picture is cropped"
+    return f"{shapes}; {cropped}; enlarged by more than half: {(scale > 1.5).sum()}"
 
 
 def read_dataset(args, accelerator):
@@ -1239,15 +1217,13 @@ def read_dataset(args, accelerator):
     name, options = args.dataset_name, {"split": "train", "cache_dir": args.cache_dir}
     flag = f"--dataset_name {name}" if name else f"--train_data_dir {args.train_data_dir}"
     local = PictureFolder.of(args)
+    texts = local and local.has_texts and not local.tables
     try:
-        if local and local.has_texts and not local.metadata:
+        if texts and not local.metadata:
             table = local.read_texts(args)
-        elif name is None and local.pictures:
-            files = os.path.join(glob.escape(args.train_data_dir), "**")
+        elif local and local.pictures and (name is None or texts or not (local.metadata or local.tables)):
+            files = os.path.join(glob.escape(str(local.folder)), "**")
             table = datasets.load_dataset("imagefolder", data_files=files, **options)
-        elif local and local.is_ambiguous:
-            folder = os.path.join(name, args.train_data_dir or "")
-            table = datasets.load_dataset("imagefolder", data_dir=folder, **options)
         elif name is None:
             table = datasets.load_dataset(args.train_data_dir, **options)
         elif sd_config.is_saved_dataset(name):
@@ -1274,20 +1250,23 @@ class PictureFolder:
     def __init__(self, folder):
         self.folder = folder
         Image.init()
-        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        readable = {*Image.OPEN} - {"MPEG", "HDF5", "GRIB", "BUFR", "EPS", "WMF"}  # these are only recognised
+        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in readable}
         paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)  # without hidden files
-        files = [Path(path) for path in paths if not os.path.isdir(path) and "__MACOSX" not in path]
-        files.sort(key=Path.as_posix)
+        files = [Path(path) for path in paths if not os.path.isdir(path)]
+        homes = {}  # real folder -> its shortest name: links may lead to it again, even in circles
+        for file in sorted(files, key=lambda file: len(file.parts)):
+            homes.setdefault(os.path.realpath(file.parent), file.parent)
+        homes = {home for home in homes.values() if "__MACOSX" not in home.relative_to(folder).parts}
+        files = sorted((file for file in files if file.parent in homes), key=Path.as_posix)
         self.pictures = [file for file in files if file.suffix.lower() in readable]
         self.metadata = [file for file in files if re.fullmatch(r"metadata\.(jsonl|csv|parquet)", file.name)]
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
         self.texts = [texts.get(picture.with_suffix("")) for picture in self.pictures]  # None where there is none
+        self.has_texts = any(self.texts)
         self.stray = sorted({*texts.values()} - {*self.texts})
         self.others = sorted({*files} - {*self.pictures, *self.metadata, *texts.values()})
-        tables = any(re.search(r"\.(parquet|arrow|tar|zip|gz)$", file.name) for file in files)
-        # Whether `datasets`, left to itself, might take the .txt files for the data.
-        self.has_texts = any(self.texts)
-        self.is_ambiguous = bool(self.pictures and (self.has_texts or not self.metadata)) and not tables
+        self.tables = [file for file in self.others if re.search(r"\.(parquet|arrow|tar|gz)$", file.name)]
 
     @classmethod
     def of(cls, args):
@@ -1295,14 +1274,14 @@ class PictureFolder:
         name, folder = args.dataset_name, Path(args.dataset_name or "", args.train_data_dir or "")
         if name and (sd_config.is_saved_dataset(name) or not sd_config.is_local(name)):
             return None
-        return cls(folder / "train" if name and (folder / "train").is_dir() else folder)
+        return cls(folder / "train" if name and (folder / "train").is_dir() else folder)  # as `datasets` does
 
     def read_texts(self, args):
         """Return the pictures and the captions beside them as a data set; exit with code 2 if any has no caption."""
         captions = []
         for file in self.texts:
             try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines() if file else ()
+                lines = file.read_text(encoding="utf-8-sig").split("\n") if file else ()
             except (OSError, UnicodeDecodeError) as error:
                 stop_if([f"{file}: cannot be read as UTF-8 text: {error}"])
             captions.append([line.strip() for line in lines if line.strip()])
@@ -1453,8 +1432,7 @@ def hash_pictures(table, args):
 
 def paths_of(table, args):
     """Return the path of every row's picture, or None where the table itself holds the picture."""
-    files = table.cast_column(args.image_column, datasets.Image(decode=False))
-    pictures = files.data.column(args.image_column)
+    pictures = table.data.column(args.image_column)
     paths, held = (pyarrow.compute.struct_field(pictures, name) for name in ("path", "bytes"))
     return pyarrow.compute.if_else(held.is_null(), paths, None).to_pylist()
 
@@ -1465,7 +1443,7 @@ def stat_of(path):
         found = os.stat(path)
     except (OSError, TypeError):  # there is none, or the table holds the picture
         return path, 0, 0.0
-    return path, found.st_size, found.st_mtime
+    return os.path.abspath(path), found.st_size, found.st_mtime
 
 
 def cache_folder(args):
@@ -1480,19 +1458,19 @@ def measure_pictures(table, args, numbers):
     """
     files, found = table.cast_column(args.image_column, datasets.Image(decode=False)), {"size": [], "fault": []}
     for number in numbers:
-        size, fault = (0, 0), ""
         try:
-            held = files[number][args.image_column]
+            held, fault = files[number][args.image_column], ""
             if args.skip_bad_rows or "://" in (held["path"] or ""):
                 size = to_rgb(table[number][args.image_column]).size
             else:
                 with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as image:
-                    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    check_picture(image)
+                    on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
                     size = image.size[::-1] if on_its_side else image.size
         except MemoryError:
             raise
         except Exception as error:  # a decoder may raise anything on a broken file
-            fault = f"{type(error).__name__}: {error}"
+            size, fault = (0, 0), f"{type(error).__name__}: {error}"
         found["size"].append(size)
         found["fault"].append(fault)
     return found
@@ -1548,16 +1526,21 @@ def to_pixels(image, shape, interpolation, crop=None):
     return TF.to_tensor(image) * 2 - 1
 
 
+def check_picture(image):
+    """Raise a `ValueError` if a picture's header tells that `to_rgb` cannot take it."""
+    if max(image.size) > 100 * min(image.size):  # once resized to the resolution, it would fill the memory
+        raise ValueError(f"{image.width}x{image.height} is too narrow")
+    if image.mode in ("F", "LAB"):
+        raise ValueError(f"pictures of mode {image.mode} cannot be trained on; convert them to RGB")
+
+
 def to_rgb(image):
     """Return a PIL picture upright and in RGB: transparency over white, 16 bits scaled to 8.
 
     Raises:
         ValueError: if it is too narrow, or its values have no agreed meaning in RGB: floating point, LAB, 32 bits.
     """
-    if max(image.size) > 100 * min(image.size):  # once resized to the resolution, it would fill the memory
-        raise ValueError(f"{image.width}x{image.height} is too narrow")
-    if image.mode in ("F", "LAB"):
-        raise ValueError(f"pictures of mode {image.mode} cannot be trained on; convert them to RGB")
+    check_picture(image)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] == "I":  # PIL itself would clip everything above 255 to white
         grey = np.asarray(image, np.float64) / 257
@@ -1783,7 +1766,7 @@ class Checkpoints:
             for part in tensors.keys() - {OPTIMIZER}:
                 unet_with(tensors[part], config).save_pretrained(folder / part)
             torch.save(tensors[OPTIMIZER], folder / OPTIMIZER)
-            state.write(folder)
+            (folder / sd_config.STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
             sd_config.write_manifest(folder)
             sd_config.put_in_place(folder, final)
         if limit := self.plan.args.checkpoints_total_limit:
@@ -1896,8 +1879,8 @@ def describe_best(run):
     if run.held_out is None or folder is None:
         return ""
     step, last = sd_config.step_of(folder), run.losses[str(run.step)]["val/loss_ema" if run.average else "val/loss"]
-    if step == run.step:
-        return f"The last checkpoint is the best: {name} {loss:.4f}."
+    if last <= loss:  # also if a signal saved it, so that its checkpoint does not say so
+        return f"The last checkpoint is the best: {name} {last:.4f}."
     best = f"{name} {loss:.4f} at step {step}, {1 - loss / last:.1%} below the last step's {last:.4f}"
     return f"The best checkpoint: {best}. Draw with it: {infer.command({'checkpoint': folder})}"
 

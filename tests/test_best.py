@@ -143,6 +143,26 @@ def test_what_a_signal_or_an_error_saves_is_not_measured(train, course, capsys, 
     assert [step for step, _ in course["measured"]] == [0, 2, 4, 5]
 
 
+def test_a_last_step_that_a_signal_saved_may_be_the_best(train, course, capsys):
+    """Its checkpoint does not tell its loss, but the end of the run does."""
+    course["val/loss"][3] = 0.1
+    flags = (*FLAGS, "--checkpointing_steps=2")
+    with pytest.MonkeyPatch.context() as patch:
+        faults.plant(patch.setattr, after_step=lambda run: run.step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train(*flags, "--max_train_steps=5")
+    train(*flags, "--max_train_steps=3", "--resume_from_checkpoint=latest")
+    assert told(capsys) == "The last checkpoint is the best: val/loss 0.1000."
+
+
+def test_a_signal_while_the_base_model_is_measured_ends_the_run_in_order(train, course, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "held_out_loss", lambda run: os.kill(os.getpid(), signal.SIGTERM) or 0.5)
+    with pytest.raises(SystemExit) as end:
+        train(*FLAGS, "--max_train_steps=4")
+    assert end.value.code == 143
+    assert "Stopped at step 0. Last checkpoint: none" in capsys.readouterr().err
+
+
 def save(output, step, loss, **state):
     """Write as much of a checkpoint as tells of its loss."""
     (output / sd_config.OWN).mkdir(exist_ok=True)

@@ -147,21 +147,31 @@ def test_other_shapes_change_only_the_noise_of_samples(train, mixed):
 
 
 def test_the_plan_lists_shapes_cropping_and_enlargement(train, tmp_path, capsys):
-    """A picture that lies on its side by its EXIF data counts as it is seen."""
+    """A picture that lies on its side by its EXIF data counts as it is seen; data that is not valid does not count."""
     data = write(tmp_path / "photos", [(512, 512), (640, 448), (300, 200), (1920, 1080), (2000, 1000)])
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (448, 640)).save(data / "05.jpg", exif=exif)
-    (data / "05.txt").write_text("a picture on its side")
+    exif[ExifTags.Base.Orientation] = 9
+    Image.new("RGB", (640, 448)).save(data / "06.jpg", exif=exif)
+    for name in ("05.txt", "06.txt"):
+        (data / name).write_text("a picture with EXIF data")
     train("--aspect_buckets", "--resolution=512", "--dry_run", data=data)
     shapes = re.search(r"  shapes +(.*)", capsys.readouterr().out)[1]
     # 300x200 is enlarged 2.24 times, to 672x448, of which 640 remain: 4.8 % are cropped. 1920x1080 becomes 704x396
     # (3.0 %), and 2000x1000 becomes 768x384 (8.3 %).
-    average = (32 / 672 + 12 / 396 + 64 / 768) / 6
-    assert shapes == (
-        f"640x448: 3, 704x384: 2, 512x512: 1; on average {average:.1%} of a picture is cropped; "
-        "1 of the pictures are enlarged by more than half"
-    )
+    average = (32 / 672 + 12 / 396 + 64 / 768) / 7
+    cropped = f"on average {average:.1%} of a picture is cropped"
+    assert shapes == f"640x448: 4, 704x384: 2, 512x512: 1; {cropped}; enlarged by more than half: 1"
+
+
+def test_a_picture_that_cannot_be_trained_on_is_named_before_the_training(train, tmp_path, capsys):
+    """Its header tells, which is read anyway."""
+    data = write(tmp_path / "photos", [(80, 80), (1010, 10)])
+    with pytest.raises(SystemExit) as end:
+        train("--aspect_buckets", "--resolution=128", "--dry_run", data=data)
+    assert end.value.code == 2
+    assert "1010x10 is too narrow" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size, shape", [((200, 100), (192, 384)), ((100, 200), (384, 192)), ((101, 103), (256, 256))])

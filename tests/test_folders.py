@@ -66,6 +66,21 @@ FOLDERS = {
         ["b", "a", "c"],
         [],
     ),
+    "a video, and a name like a Mac's": (
+        {f"__MACOSX_2/{name}": CATS[name] for name in CATS} | {"clip.mpg": "?"},
+        ["a cat", "a dog"],
+        ["1 file(s) are no pictures that PIL here reads: clip.mpg"],
+    ),
+    "another line separator": (CATS | {"one.txt": "a cat\u2028on a mat"}, ["a cat\u2028on a mat", "a dog"], []),
+    "names of splits": (
+        {"a-test.png": None, "test/b.png": None, "a-test.txt": "?", "metadata.jsonl": LISTED.replace("one", "a-test")}
+        | {"two.jpg": None},
+        ["a bird", "a fish"],
+        [
+            "the captions are those of metadata.jsonl; the .txt files beside pictures are not read",
+            "1 of 3 pictures are not listed in metadata.jsonl, and not trained on: test/b.png",
+        ],
+    ),
     "dots in names": ({"a.b.png": None, "a.png": None, "a.txt": "a", "a.b.txt": "ab"}, ["ab", "a"], []),
     "subfolders": ({f"x/{name}": CATS[name] for name in CATS} | CATS, ["a cat", "a dog"] * 2, []),
     "hidden files and a Mac's": (
@@ -146,6 +161,26 @@ def test_folders_as_users_have_them(train, tmp_path, capfd, monkeypatch, flag, f
     assert only(read).captions == [[text] if isinstance(text, str) else text for text in captions]
     notes = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [f"note: {text}" for text in says]
+
+
+def test_links_in_circles_do_not_multiply_pictures(train, tmp_path, monkeypatch):
+    """A linked folder is read, and none twice."""
+    folder = fill(tmp_path / "photos", CATS)
+    (folder / "self").symlink_to(folder)
+    (folder / "x").symlink_to(fill(tmp_path / "elsewhere", {"b.png": None, "b.txt": "b"}))
+    read, original = [], trainer.load_rows
+    monkeypatch.setattr(trainer, "load_rows", lambda *args: read.append(original(*args)) or read[-1])
+    train(f"--train_data_dir={folder}", "--dry_run", data=None)
+    assert only(read).captions == [["a cat"], ["a dog"], ["b"]]
+
+
+@pytest.mark.parametrize("text", ["sample.txt", "notes.txt"])
+def test_an_example_beside_a_table_is_not_the_data(train, assets, tmp_path, text):
+    photos = datasets.load_dataset("imagefolder", data_dir=str(assets[1]), split="train")
+    folder = fill(tmp_path / "table", {"sample.png": None, text: "an example"})
+    photos.to_parquet(folder / "train-00000.parquet")
+    run = train(f"--dataset_name={folder}", "--max_train_steps=1", "--train_batch_size=2", data=None)
+    assert len(run.run.stream.rows.kept) == len(photos)
 
 
 def test_captions_in_txt_give_the_samples_of_the_same_captions_in_metadata(train, tmp_path):
@@ -246,6 +281,21 @@ def test_pictures_are_read_again_only_if_they_may_have_changed(fingerprint, tmp_
     assert fingerprint(folder) == (first, 0)
     (folder / "one.txt").write_text("another caption")
     assert fingerprint(folder)[0] not in (first, exchanged)
+
+
+def test_the_same_names_in_another_place_are_other_pictures(tmp_path, monkeypatch):
+    """Here they even have the same sizes and times."""
+    found = []
+    for name in ("one", "other"):
+        pixels = Image.new("RGB", (9, 9), "red" if name == "one" else "blue")
+        (tmp_path / name / "photos").mkdir(parents=True)
+        pixels.save(tmp_path / name / "photos/a.bmp")
+        os.utime(tmp_path / name / "photos/a.bmp", (1e9, 1e9))
+        (tmp_path / name / "photos/a.txt").write_text("a square")
+        monkeypatch.chdir(tmp_path / name)
+        args = sd_config.parse_args(["--train_data_dir=photos"])
+        found.append(trainer.hash_pictures(trainer.read_dataset(args, None), args)[0])
+    assert found[0] != found[1]
 
 
 def test_a_picture_that_cannot_be_read_is_looked_for_again(tmp_path):

@@ -250,6 +250,13 @@ def test_what_overflows_is_an_error_that_names_the_tensor(models, convert, refus
     convert("--model_path=wide")
 
 
+def test_a_model_like_stable_diffusion_2_is_refused(models, refused, tmp_path):
+    model = shutil.copytree(models["tiny"], tmp_path / "two")
+    config = UNet2DConditionModel.load_config(model, subfolder="unet")
+    UNet2DConditionModel.from_config(config, use_linear_projection=True).save_pretrained(model / "unet")
+    assert "this one is like Stable Diffusion 2" in refused("--model_path=two")
+
+
 def test_a_model_that_lacks_tensors_is_refused(models, refused, tmp_path):
     """transformers would fill them with random numbers."""
     file = shutil.copytree(models["tiny"], tmp_path / "holes") / "text_encoder/model.safetensors"
