@@ -112,7 +112,7 @@ def test_two_processes_train_what_one_trains(train, here, assets, monkeypatch, c
 
 def test_machines_that_do_not_share_their_output_folder_cannot_resume(train, monkeypatch, capsys):
     """One would go on, and the other start over."""
-    monkeypatch.setattr(trainer, "gather_object", lambda steps: [*steps, 4])
+    monkeypatch.setattr(trainer.utils, "gather_object", lambda steps: [*steps, 4])
     with pytest.raises(SystemExit) as end:
         train("--max_train_steps=1")
     assert end.value.code == 2
