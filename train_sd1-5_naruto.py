@@ -1264,8 +1264,7 @@ class PictureFolder:
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
         self.texts = [texts.get(picture.with_suffix("")) for picture in self.pictures]  # None where there is none
         self.has_texts = any(self.texts)
-        self.stray = sorted({*texts.values()} - {*self.texts})
-        self.others = sorted({*files} - {*self.pictures, *self.metadata, *texts.values()})
+        self.others = sorted({*files} - {*self.pictures, *self.metadata, *self.texts})
         self.tables = [file for file in self.others if re.search(r"\.(parquet|arrow|tar|gz)$", file.name)]
 
     @classmethod
@@ -1287,7 +1286,7 @@ class PictureFolder:
             captions.append([line.strip() for line in lines if line.strip()])
         if bare := [picture for picture, texts in zip(self.pictures, captions, strict=True) if not texts]:
             what = f"{len(bare)} of {len(self.pictures)} pictures have no caption in a .txt file beside them"
-            stop_if([f"{self.folder}: {what}: {some_of(bare, self.folder)}"])
+            stop_if([f"{self.folder}: {what}: {self.some_of(bare)}"])
         columns = {args.image_column: [*map(str, self.pictures)], args.caption_column: captions}
         return datasets.Dataset.from_dict(columns).cast_column(args.image_column, datasets.Image())
 
@@ -1296,24 +1295,21 @@ class PictureFolder:
         named = [picture.parent.name for picture in self.pictures if re.match(r"\d+_", picture.parent.name)]
         if named:
             yield f"{named[0]}: every picture counts once; the number of repeats in a folder's name is not applied"
-        if self.pictures and self.others:
-            yield f"{len(self.others)} file(s) are no pictures that PIL here reads: {some_of(self.others, self.folder)}"
-        if not self.metadata and self.has_texts:
-            if self.stray:
-                yield f"{len(self.stray)} .txt file(s) belong to no picture: {some_of(self.stray, self.folder)}"
-            if several := sum(len(captions) > 1 for captions in table[args.caption_column]):
-                yield f"{several} picture(s) have several captions, one a line, of which each sample takes one"
-            return
-        if self.has_texts:
+        if self.pictures and self.others and not self.tables:
+            what = f"{len(self.others)} file(s) are neither pictures that PIL here reads nor the caption of one"
+            yield f"{what}: {self.some_of(self.others)}"
+        if self.has_texts and self.metadata:
             yield f"the captions are those of {self.metadata[0].name}; the .txt files beside pictures are not read"
+        elif self.has_texts and (several := sum(len(captions) > 1 for captions in table[args.caption_column])):
+            yield f"{several} picture(s) have several captions, one a line, of which each sample takes one"
         if self.metadata and isinstance(table.features.get(args.image_column), datasets.Image):
             listed = {os.path.realpath(path) for path in paths_of(table, args) if path}
             if unlisted := [picture for picture in self.pictures if os.path.realpath(picture) not in listed]:
                 what = f"{len(unlisted)} of {len(self.pictures)} pictures are not listed in {self.metadata[0].name}"
-                yield f"{what}, and not trained on: {some_of(unlisted, self.folder)}"
+                yield f"{what}, and not trained on: {self.some_of(unlisted)}"
 
     def hint(self):
-        """Return how the captions of a folder of pictures without any may be given, and what resembles that here."""
+        """Return how the captions of a folder of pictures without any may be given, and what lies there instead."""
         if not self.pictures or self.metadata:
             return ""
         name, folder = self.pictures[0].name, self.folder
@@ -1323,16 +1319,13 @@ class PictureFolder:
             f'{folder / "metadata.jsonl"} with lines like {{"file_name": "{name}", "text": "a caption"}}',
             f"{folder / 'metadata.csv'} with the first line file_name,text",
         ]
-        near = [path for path in sorted(folder.glob("*")) if re.search(r"meta|capt|\.(jsonl?|csv|txt)", path.name)]
-        near += sorted(folder.absolute().parent.glob("metadata.*"))
-        if near:
-            lines.append(f"found, but not read under this name or in this place: {', '.join(map(str, near[:10]))}")
+        if found := [*self.others, *sorted(folder.absolute().parent.glob("metadata.*"))]:
+            lines.append(f"found, but not read under this name or in this place: {', '.join(map(str, found[:10]))}")
         return "\n  ".join(lines)
 
-
-def some_of(paths, folder):
-    """Return the first ten of some paths as text, relative to a folder that they are in."""
-    return ", ".join(str(path.relative_to(folder)) for path in paths[:10]) + ", ..." * (len(paths) > 10)
+    def some_of(self, paths):
+        """Return the first ten of some paths as text, relative to the folder."""
+        return ", ".join(str(path.relative_to(self.folder)) for path in paths[:10]) + ", ..." * (len(paths) > 10)
 
 
 def check_columns(table, args):
@@ -1386,7 +1379,8 @@ def read_pictures(table, args):
     if not (args.skip_bad_rows or args.aspect_buckets):
         return fingerprint, bad, None
     kind = "Decoding" if args.skip_bad_rows else "Measuring"
-    file = cache_folder(args) / f"{kind.lower()}-{fingerprint}-{PIL.__version__}.arrow"
+    name = f"{kind.lower()}-{fingerprint}-{PIL.__version__}.arrow"
+    file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, name)
     with exit_on(OSError):
         measure = functools.partial(measure_pictures, table, args)
         found = map_once(measure, len(table), 16, file, f"{kind} every picture")
@@ -1404,7 +1398,7 @@ def hash_pictures(table, args):
     pictures, key = [stat_of(path) for path in paths_of(table, args)], hashlib.sha256()
     for fact in (*pictures, *(stat_of(file["filename"]) for file in table.cache_files), *table[args.caption_column]):
         key.update(repr(fact).encode())
-    memory = cache_folder(args) / f"read-{key.hexdigest()[:16]}.json"
+    memory = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"read-{key.hexdigest()[:16]}.json")
     if known := sd_config.read_json(memory).get("fingerprint"):
         if args.dry_run:
             print(f"note: pictures not read again, as sizes and times of modification are those in {memory}")
@@ -1444,11 +1438,6 @@ def stat_of(path):
     except (OSError, TypeError):  # there is none, or the table holds the picture
         return path, 0, 0.0
     return os.path.abspath(path), found.st_size, found.st_mtime
-
-
-def cache_folder(args):
-    """Return the folder for what is remembered of data sets."""
-    return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
 def measure_pictures(table, args, numbers):

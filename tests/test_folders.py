@@ -55,10 +55,7 @@ FOLDERS = {
     "a phone's": (
         CATS | {"IMG_1.HEIC": "?", "IMG_1.txt": "?", "x/v.mov": "?"},
         ["a cat", "a dog"],
-        [
-            "2 file(s) are no pictures that PIL here reads: IMG_1.HEIC, x/v.mov",
-            "1 .txt file(s) belong to no picture: IMG_1.txt",
-        ],
+        ["3 file(s) are neither pictures that PIL here reads nor the caption of one: IMG_1.HEIC, IMG_1.txt, x/v.mov"],
     ),
     "byte order mark": (CATS | {"one.txt": "\ufeffun café"}, ["un café", "a dog"], []),
     "suffixes of any case, and new formats": (
@@ -69,7 +66,7 @@ FOLDERS = {
     "a video, and a name like a Mac's": (
         {f"__MACOSX_2/{name}": CATS[name] for name in CATS} | {"clip.mpg": "?"},
         ["a cat", "a dog"],
-        ["1 file(s) are no pictures that PIL here reads: clip.mpg"],
+        ["1 file(s) are neither pictures that PIL here reads nor the caption of one: clip.mpg"],
     ),
     "another line separator": (CATS | {"one.txt": "a cat\u2028on a mat"}, ["a cat\u2028on a mat", "a dog"], []),
     "names of splits": (
@@ -96,7 +93,7 @@ FOLDERS = {
     ".txt without a picture": (
         CATS | {"prompts.txt": "?"},
         ["a cat", "a dog"],
-        ["1 .txt file(s) belong to no picture: prompts.txt"],
+        ["1 file(s) are neither pictures that PIL here reads nor the caption of one: prompts.txt"],
     ),
     "metadata and .txt": (
         CATS | {"metadata.jsonl": LISTED},
