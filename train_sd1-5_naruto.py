@@ -1255,8 +1255,8 @@ class PictureFolder:
         paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)  # without hidden files
         files = [Path(path) for path in paths if not os.path.isdir(path)]
         homes = {}  # real folder -> its shortest name: links may lead to it again, even in circles
-        for file in sorted(files, key=lambda file: len(file.parts)):
-            homes.setdefault(os.path.realpath(file.parent), file.parent)
+        for home in sorted({file.parent for file in files}, key=lambda home: (len(home.parts), home.as_posix())):
+            homes.setdefault(os.path.realpath(home), home)
         homes = {home for home in homes.values() if "__MACOSX" not in home.relative_to(folder).parts}
         files = sorted((file for file in files if file.parent in homes), key=Path.as_posix)
         self.pictures = [file for file in files if file.suffix.lower() in readable]
