@@ -383,7 +383,9 @@ def write_single_file(args):
     with sd_config.exit_on(sd_config.WriteError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with sd_config.written_whole(path.parent / f".{os.getpid()}", path, size) as hidden:
-            save_file(tensors, hidden / path.name, known_run(args) | {"format": "pt"})
+            known = json.dumps(known_run(args))  # as one entry: several would come in another order each time
+            save_file(tensors, hidden / path.name, {sd_config.PNG_TEXT: known})
+            sd_config.share(hidden / path.name)
             sd_config.flush(hidden)
             (hidden / path.name).rename(path)
             hidden.rmdir()

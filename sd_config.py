@@ -722,6 +722,13 @@ def flush(folder, within=True):
             os.close(descriptor)
 
 
+def share(file):
+    """Let others read a file as far as the user's umask does: safetensors writes for the user alone."""
+    file.with_suffix(".mode").touch()
+    shutil.copymode(file.with_suffix(".mode"), file)
+    file.with_suffix(".mode").unlink()
+
+
 class ReportedError(Exception):
     """An error whose message says everything, and which is shown without a traceback."""
 

@@ -1628,6 +1628,8 @@ def measure(run):
         with averaged_weights(run):
             losses["val/loss_ema"] = held_out_loss(run)
     run.losses[str(run.step)] = losses
+    if not math.isfinite(sum(losses.values())):
+        tqdm.write(f"warning: the weights of step {run.step} have diverged: an earlier checkpoint may be sound")
     run.tracker.log(losses, run.step)
     tqdm.write(f"Step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
 
@@ -1852,6 +1854,8 @@ def export(run):
                 file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
+            for file in staging.rglob("*.safetensors"):
+                sd_config.share(file)
             (staging / "README.md").write_text(model_card(run, best), encoding="utf-8")
             sd_config.write_manifest(staging, sd_config.read_json(output / sd_config.OWN / sd_config.MANIFEST))
         sd_config.put_export_in_place(staging, output)
@@ -1871,7 +1875,10 @@ def describe_best(run):
     if last <= loss:  # also if a signal saved it, so that its checkpoint does not say so
         return f"The last checkpoint is the best: {name} {last:.4f}."
     best = f"{name} {loss:.4f} at step {step}, {1 - loss / last:.1%} below the last step's {last:.4f}"
-    return f"The best checkpoint: {best}. Draw with it: {infer.command({'checkpoint': folder})}"
+    settings = {"checkpoint": folder}
+    if prompts := run.args.validation_prompts:
+        settings |= {"prompt": prompts[0], "guidance_scale": run.args.validation_guidance_scale}
+    return f"The best checkpoint: {best}. Draw with it: {infer.command(settings)}"
 
 
 def card_head(args):

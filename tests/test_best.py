@@ -163,6 +163,20 @@ def test_a_signal_while_the_base_model_is_measured_ends_the_run_in_order(train, 
     assert "Stopped at step 0. Last checkpoint: none" in capsys.readouterr().err
 
 
+def test_the_best_is_drawn_as_the_run_draws(train, course, capsys):
+    flags = ("--validation_guidance_scale=2", "--validation_prompts", "a cat's hat", "a dog")
+    output = train(*FLAGS, "--max_train_steps=6", *flags).output
+    command = shlex.split(told(capsys).partition("Draw with it: ")[2])[2:]
+    assert command == [f"--checkpoint={output / 'checkpoint-5'}", "--prompt=a cat's hat", "--guidance_scale=2.0"]
+
+
+def test_weights_that_have_diverged_are_spoken_of(train, course, capfd):
+    course["val/loss"][6] = math.nan
+    train(*FLAGS, "--max_train_steps=6", "--checkpoints_total_limit=1")
+    assert "warning: the weights of step 6 have diverged" in "".join(capfd.readouterr())
+    assert course["kept"][6] == [5, 6]
+
+
 def save(output, step, loss, **state):
     """Write as much of a checkpoint as tells of its loss."""
     (output / sd_config.OWN).mkdir(exist_ok=True)
