@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import textwrap
 import warnings
@@ -383,12 +384,14 @@ def write_single_file(args):
     with sd_config.exit_on(sd_config.WriteError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with sd_config.written_whole(path.parent / f".{os.getpid()}", path, size) as hidden:
+            file, usual = hidden / path.name, hidden / "usual"
             known = json.dumps(known_run(args))  # as one entry: several would come in another order each time
-            save_file(tensors, hidden / path.name, {sd_config.PNG_TEXT: known})
-            sd_config.share(hidden / path.name)
+            save_file(tensors, file, {sd_config.PNG_TEXT: known})
+            usual.touch()
+            shutil.copymode(usual, file)  # safetensors writes for the user alone, whatever the umask
             sd_config.flush(hidden)
-            (hidden / path.name).rename(path)
-            hidden.rmdir()
+            file.rename(path)
+            shutil.rmtree(hidden)
     print(f"{path}: {len(tensors)} tensors in {dtype}, {sd_config.gigabytes(size)}")
     if pipeline.scheduler.config.prediction_type == "v_prediction":
         yaml = f"{path.with_suffix('.yaml')}, its v1-inference.yaml with `parameterization: v` under `params`"

@@ -610,6 +610,10 @@ class TrainerState:
     encoding: str | None = None  # name of the folder of what is encoded only once, or "" (None in older checkpoints)
     losses: dict = dataclasses.field(default_factory=dict)  # on held-out rows, by step (a text) and by name
 
+    def write(self, folder):
+        """Write the state into a checkpoint's folder."""
+        (folder / STATE).write_text(json.dumps(dataclasses.asdict(self), indent=2), encoding="utf-8")
+
 
 def read_state(folder, flag="--resume_from_checkpoint"):
     """Return the `TrainerState` of a checkpoint; exit with code 2, naming `flag`, if it cannot be read."""
@@ -688,9 +692,12 @@ def find_damage(folder, prefix="", holds=STATE):
 
 def write_manifest(folder, before=None):
     """Write a folder's manifest, for `find_damage`, after the entries of one `before`, and flush all to disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    # Not of the lock: to open and close it would give it up, before the manifest is there.
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, LOCK))
     entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps((before or {}) | entries), encoding="utf-8")
+    for path in files:
+        shutil.copymode(folder / MANIFEST, path)  # safetensors writes for the user alone, whatever the umask
     flush(folder)
 
 
@@ -720,13 +727,6 @@ def flush(folder, within=True):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def share(file):
-    """Let others read a file as far as the user's umask does: safetensors writes for the user alone."""
-    file.with_suffix(".mode").touch()
-    shutil.copymode(file.with_suffix(".mode"), file)
-    file.with_suffix(".mode").unlink()
 
 
 class ReportedError(Exception):

@@ -472,6 +472,7 @@ def add_gradients(run, batch):
         for micro_batch in micro_batches:
             # Processes average their gradients in the last micro-batch only.
             with contextlib.nullcontext() if micro_batch is micro_batches[-1] else accelerator.no_sync(run.network):
+                # Of a shape there may be fewer samples than fit: each counts the same.
                 loss = micro_batch_loss(run, micro_batch) * (len(micro_batch["timesteps"]) / size)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
@@ -1757,7 +1758,7 @@ class Checkpoints:
             for part in tensors.keys() - {OPTIMIZER}:
                 unet_with(tensors[part], config).save_pretrained(folder / part)
             torch.save(tensors[OPTIMIZER], folder / OPTIMIZER)
-            (folder / sd_config.STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
+            state.write(folder)
             sd_config.write_manifest(folder)
             sd_config.put_in_place(folder, final)
         if limit := self.plan.args.checkpoints_total_limit:
@@ -1854,8 +1855,6 @@ def export(run):
                 file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
             if run.average:
                 run.unet.save_pretrained(staging / "unet", variant="non_ema")
-            for file in staging.rglob("*.safetensors"):
-                sd_config.share(file)
             (staging / "README.md").write_text(model_card(run, best), encoding="utf-8")
             sd_config.write_manifest(staging, sd_config.read_json(output / sd_config.OWN / sd_config.MANIFEST))
         sd_config.put_export_in_place(staging, output)

@@ -549,7 +549,7 @@ def test_unreadable_state_is_a_message(tmp_path, capsys, content):
 def test_state_is_read_as_it_was_written_without_what_later_versions_add(tmp_path):
     fields = dataclasses.fields(sd_config.TrainerState)
     state, folder = sd_config.TrainerState(*range(len(fields))), tmp_path / "run/checkpoint-9"
-    (folder / sd_config.STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
+    state.write(folder)
     file = folder / "trainer_state.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(saved | {"of_a_later_version": 1}), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Encoding pictures and captions only once trains the same, and nothing is spoilt if it is killed meanwhile."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -106,6 +107,8 @@ def test_killed_while_encoding_it_starts_again(train, train_once, kept, tmp_path
         "manifest.json",
         "pictures.arrow",
     ]
+    (manifest,) = (tmp_path / "killed").glob("encoded-*/manifest.json")
+    assert [*json.loads(manifest.read_text(encoding="utf-8"))] == ["captions.arrow", "pictures.arrow"]
     assert_same_state(whole.output / "checkpoint-2", again.output / "checkpoint-2")
 
 
