@@ -131,7 +131,7 @@ def make_plan(args, saved, rows, accelerator):
     unet = load_base(lambda *name, **kwargs: hollow_unet(load(*name, **kwargs)), args, subfolder="unet")
     sizes = unet.num_parameters(), len(rows.texts), unet.config.cross_attention_dim
     width = load_base(CLIPTextConfig.from_pretrained, args, subfolder="text_encoder").hidden_size
-    like_ours = {"in_channels": 4, "cross_attention_dim": width, "attention_type": "default"}
+    like_ours = {"in_channels": 4, "cross_attention_dim": width, "attention_type": "default", "dropout": 0.0}
     like_ours |= dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"))
     if other := [name for name, value in like_ours.items() if unet.config.get(name, value) != value]:
         what = f"its UNet is not like Stable Diffusion 1.5's: it has another {', '.join(other)}"
@@ -437,8 +437,7 @@ def train_step(run, batch):
     tensors on the device, shape ().
     """
     while (loss := add_gradients(run, batch)) is None:  # out of memory: retry with smaller micro-batches
-        run.optimizer.adamw.zero_grad()
-        utils.memory.clear_device_cache(garbage_collection=True)
+        release_gradients(run)
     gradient_norm = clip_gradients(run)
     run.consistent = False
     torch.manual_seed(keyed_seed(run.stream.seed, "rounding", run.step))  # for --low_memory's stochastic rounding
@@ -472,10 +471,7 @@ def add_gradients(run, batch):
         for micro_batch in micro_batches:
             # Processes average their gradients in the last micro-batch only.
             with contextlib.nullcontext() if micro_batch is micro_batches[-1] else accelerator.no_sync(run.network):
-                # Of a shape there may be fewer samples than fit: each counts the same.
-                loss = micro_batch_loss(run, micro_batch) * (len(micro_batch["timesteps"]) / size)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
+                losses.append(run.add_micro_batch(micro_batch))
         return torch.stack(losses).sum() / accelerator.gradient_accumulation_steps
     except RuntimeError as error:
         if not run.plan.halves or size == 1 or not OUT_OF_MEMORY.search(str(error)):
@@ -486,12 +482,20 @@ def add_gradients(run, batch):
     return None
 
 
-def micro_batch_loss(run, micro_batch):
-    """Return the mean training loss of a micro-batch, a dictionary of the stream's samples on the host."""
-    device = run.accelerator.device
-    micro_batch = {name: samples.to(device, non_blocking=True) for name, samples in micro_batch.items()}
+def add_micro_batch(run, micro_batch):
+    """Add the gradients of a micro-batch, a dictionary of samples on the device. Return its loss: shape ()."""
     latents, encoder_hidden_states = run.frozen.encode(micro_batch)
-    return diffusion_loss(run.network, latents, encoder_hidden_states, micro_batch, **run.loss_options)
+    loss = diffusion_loss(run.network, latents, encoder_hidden_states, micro_batch, **run.loss_options)
+    loss = loss * (len(latents) / run.micro_batch_size)  # of a shape there may be fewer samples: each counts the same
+    run.accelerator.backward(loss)
+    return loss.detach()
+
+
+def release_gradients(run):
+    """Give up the memory of the gradients, of the graphs that add to them, and what PyTorch keeps for later use."""
+    run.optimizer.adamw.zero_grad()
+    run.add_micro_batch.clear()
+    utils.memory.clear_device_cache(garbage_collection=True)
 
 
 def clip_gradients(run):
@@ -521,6 +525,7 @@ class Optimizer:
         if self.fused and not accelerator.scaler:  # fp16's scaler brings a flag of its own
             adamw.found_inf = self.nonfinite
         self.adamw = accelerator.prepare(adamw) if accelerator.scaler else adamw  # only the scaler needs what it adds
+        self.keeps_gradients = args.cuda_graphs  # for graphs to add to
         self.loss_scale = None  # fp16 only
 
     def step(self, step, loss, gradient_norm):
@@ -532,7 +537,7 @@ class Optimizer:
         self.nonfinite.clamp_(min=(~torch.isfinite(loss + gradient_norm)).float())
         if self.fused or scaler or not self.nonfinite.item():  # an optimizer that is not fused ignores the flag
             self.adamw.step()
-        self.adamw.zero_grad()
+        self.adamw.zero_grad(set_to_none=not self.keeps_gradients)
         if scaler is None:
             return {"lr": rate}
         # A lower scale means that the step was skipped, which the fused optimizer does not tell accelerate.
@@ -818,6 +823,9 @@ def create_accelerator(args):
     except (ValueError, ImportError, RuntimeError, AssertionError) as error:  # no such device, or not in this precision
         stop_if([f"the device, --mixed_precision {args.mixed_precision} or accelerate's configuration: {error}"])
     problems = []
+    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        used = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+        problems.append(f"--cuda_graphs: needs a CUDA device and one process, and this run has {used}")
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         problems.append(f"accelerate's configuration asks for {accelerator.mixed_precision}: only no, fp16 and bf16")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -878,9 +886,56 @@ class Run:
         self.network = accelerator.prepare(network)
         self.optimizer = Optimizer(args, plan, self.unet, accelerator)
         self.micro_batch_size = plan.micro_batch_size
+        add = functools.partial(add_micro_batch, self)
+        self.add_micro_batch = Launcher(add, accelerator.device, graphs=args.cuda_graphs)
         self.checkpoints = Checkpoints(plan, accelerator)
         self.tracker = Tracker(accelerator, args)
         self.progress = Progress(self)
+
+
+class Launcher:
+    """Calls a function of tensors, given as a dictionary on the host, on the device; it returns one tensor.
+
+    With `graphs`, a call is one launch for the host: that of a CUDA graph, which repeats the kernels of a call that
+    was captured, for all arguments of the same shapes. They work on the same memory as then. Arguments are copied
+    there, and what else the function reads or changes must stay in its place until `clear`. The first call for some
+    shapes is not captured: libraries choose and load their kernels in it, which a capture does not allow.
+    """
+
+    def __init__(self, function, device, *, graphs):
+        self.function, self.device, self.uses_graphs = function, device, graphs
+        self.clear()
+
+    def clear(self):
+        """Give up all graphs and their memory."""
+        self.called, self.graphs, self.pool = set(), {}, None
+
+    def __call__(self, arguments):
+        """Return the function's result for tensors on the host, and let the device do it when it will."""
+        shapes = tuple(tensor.shape for tensor in arguments.values())
+        if not self.uses_graphs or shapes not in self.called:
+            self.called.add(shapes)
+            return self.function(self.copied_to_device(arguments))
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture(self.copied_to_device(arguments))
+        graph, places, result = self.graphs[shapes]
+        for name, tensor in arguments.items():
+            places[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return result.clone()
+
+    def copied_to_device(self, arguments):
+        """Return the arguments on the device, without waiting for them."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in arguments.items()}
+
+    def capture(self, arguments):
+        """Return a graph of a call with tensors on the device, these tensors, and that of the result."""
+        graph = torch.cuda.CUDAGraph()
+        # What a capture forbids is forbidden to this thread only: others go on to pin samples and to copy checkpoints.
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            result = self.function(dict(arguments))
+        self.pool = graph.pool()  # the graphs run one after another, so they can share their memory
+        return graph, arguments, result
 
 
 class Frozen:
@@ -900,11 +955,14 @@ class Frozen:
         self.text_encoder.to(device)
 
     def encode(self, micro_batch):
-        """Return latents and hidden states, as `diffusion_loss` takes them, from raw or encoded samples."""
+        """Return latents and hidden states, as `diffusion_loss` takes them, from encoded or raw samples.
+
+        Takes raw pictures out of the dictionary: they are not needed any longer, and would only fill memory.
+        """
         if "moments" in micro_batch:  # encoded in advance
             moments, encoder_hidden_states = micro_batch["moments"], micro_batch["encoder_hidden_states"]
         else:
-            moments = self.encode_pictures(micro_batch["pixel_values"])
+            moments = self.encode_pictures(micro_batch.pop("pixel_values"))
             encoder_hidden_states = self.encode_captions(micro_batch["input_ids"])
         latents = sample_latents(moments, micro_batch["posterior_noise"]) * self.vae.config.scaling_factor
         return latents, encoder_hidden_states
@@ -971,7 +1029,9 @@ def prepare_unet(unet, args, accelerator):
     """Make the UNet ready to be trained: precision, memory, device."""
     unet.requires_grad_(True).train()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        # Nothing in it is random, and while a CUDA graph is captured, the generators' states cannot be asked for.
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        unet.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **settings))
     if args.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -1687,6 +1747,7 @@ def draw_prompts(run, folder, signals):
     prompts, hidden = run.args.validation_prompts, Path(run.args.output_dir, sd_config.OWN, folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()
+    release_gradients(run)  # the pictures need memory too
     run.frozen.move(run.accelerator.device)
     parts = run.frozen.pipeline.components | {"unet": run.unet, "vae": run.frozen.vae, "safety_checker": None}
     parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.stream.tokenizer}

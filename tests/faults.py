@@ -32,13 +32,13 @@ def plant(set_attribute=setattr, *, in_sample=None, before_micro_batch=None, aft
 
         set_attribute(trainer.SampleStream, "__getitem__", getitem)
     if before_micro_batch:
-        original_loss = trainer.micro_batch_loss
+        original_add = trainer.add_micro_batch
 
-        def micro_batch_loss(run, micro_batch):
+        def add_micro_batch(run, micro_batch):
             before_micro_batch(run, micro_batch)
-            return original_loss(run, micro_batch)
+            return original_add(run, micro_batch)
 
-        set_attribute(trainer, "micro_batch_loss", micro_batch_loss)
+        set_attribute(trainer, "add_micro_batch", add_micro_batch)
     if after_step:
         original_step = trainer.train_step
 

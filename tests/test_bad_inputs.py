@@ -189,6 +189,7 @@ INDEX, SCHEDULER, TEXT_ENCODER = "model_index.json", "scheduler/scheduler_config
 CASES = {
     # The machine, and how it is used
     "fp16 without a GPU": early(lambda lab: "--mixed_precision=fp16", "--mixed_precision fp16: needs a GPU"),
+    "graphs without a GPU": early(lambda lab: "--cuda_graphs", "--cuda_graphs: needs a CUDA device … on cpu"),
     "launch unknown to accelerate": early(lambda lab: lab.patch.setenv("WORLD_SIZE", "2") or "", "WORLD_SIZE 2: "),
     **{
         f"configured for {kind.value}": early(

@@ -27,7 +27,7 @@ NONE = """
 OFF = """
     center_crop random_flip gradient_checkpointing scale_lr dream_training use_8bit_adam allow_tf32 use_ema
     enable_xformers_memory_efficient_attention overwrite_output_dir dry_run skip_bad_rows torch_compile low_memory
-    offload_ema aspect_buckets
+    offload_ema aspect_buckets cuda_graphs
 """
 DEFAULTS = {
     **dict.fromkeys(NONE.split()),
@@ -720,6 +720,7 @@ def test_every_flag_is_known_to_change_the_training_or_not_to():
         checkpoints_total_limit resume_from_checkpoint dry_run validation_prompts validation_epochs report_to
         validation_guidance_scale tracker_project_name logging_dir train_batch_size gradient_accumulation_steps
         validation_negative_prompt validation_steps cache_latents micro_batch_size torch_compile offload_ema
+        cuda_graphs
     """
     compared = {"seed", "max_train_samples", "validation_samples", "use_8bit_adam"}
     flags = set(vars(sd_config.parse_args([])))

@@ -41,6 +41,10 @@ RECIPES = {
     "fp16": (f"{AT_ONCE} --mixed_precision=fp16", 1, 122.9),
     "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 62.3),
     "smallest": (f"{FAITHFUL} --low_memory", 2, 52.0),
+    "graphs": (f"{FAITHFUL} {CHECKPOINTING} --cuda_graphs", 0, 106.5),
+    "graphs, shapes": (f"{AT_ONCE} --aspect_buckets --cuda_graphs", 0, 111.5),
+    "graphs, fp16": (f"{AT_ONCE} {CHECKPOINTING} --mixed_precision=fp16 --cuda_graphs", 1, 99.3),
+    "graphs, smallest": (f"{FAITHFUL} --low_memory --cuda_graphs", 2, 77.0),
 }
 Seen = collections.namedtuple("Seen", "code printed counts peaks waits streams early")
 
@@ -112,9 +116,12 @@ def test_a_recipe_trains_saves_draws_exports_and_goes_on(device, assets, tmp_pat
     seen = device(train, assets, tmp_path / "run", *flags, "--max_train_steps=4")
     assert seen.code == 0, seen.printed
     assert seen.waits[1:3] == [waits, waits]  # the first follows the encoding, and the last a read of the metrics
-    on_host = recipe in ("faithful, EMA on the host", "smallest")
+    assert ("captured graphs" in seen.counts) == ("--cuda_graphs" in flags)
+    assert "wait in a graph" not in seen.counts
+    on_host = "--offload_ema" in flags or "--low_memory" in flags
     assert seen.streams[1:3] == [2 * on_host] * 2  # the copy waits for the step before, and the next step for the copy
-    assert seen.peaks[2] == pytest.approx(peak, rel=0.04)
+    # The second step captures a graph; PyTorch does not count in later ones what that works in.
+    assert seen.peaks[1 if "--cuda_graphs" in flags else 2] == pytest.approx(peak, rel=0.04)
     assert re.search(r"Peak GPU memory: [\d.]+ GiB allocated, [\d.]+ GiB reserved", seen.printed)
     more = device(train, assets, tmp_path / "run", *flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
     assert more.code == 0, more.printed

@@ -18,6 +18,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -52,6 +53,9 @@ std::map<cudaEvent_t, Moment> events;
 std::map<cudaStream_t, std::vector<Moment>> awaited;  // by the later work of a stream
 uint64_t now = 0;
 cudaError_t last_error = cudaSuccess;
+std::atomic<cudaStream_t> capturing{nullptr};  // the stream whose work goes into a graph
+std::atomic<uint64_t> captured{0};             // its launches
+std::thread::id capturer;
 
 bool within(const Memory& memory, const void* pointer) {
     auto address = static_cast<const char*>(pointer);
@@ -99,16 +103,21 @@ void reach(Moment moment) {
     for (Moment other : others) reach(other);
 }
 
-void wait_for(const char* name, Moment moment) {
+// Wait, unless a graph is being captured: from its stream or thread, that is an error, as is any copy with a wait.
+cudaError_t wait_for(const char* name, Moment moment) {
     counts[name]++;
-    reach(moment);
+    if (capturing && (moment.stream == capturing || std::this_thread::get_id() == capturer)) {
+        counts["wait in a graph"]++;
+        return last_error = cudaErrorStreamCaptureUnsupported;
+    }
+    return reach(moment), cudaSuccess;
 }
 
 }  // namespace
 
 // What the tests ask, and what functions.c counts
 
-API void stand_in_launch() { launches++; }
+API void stand_in_launch() { (capturing ? captured : launches)++; }
 
 API void stand_in_reset(size_t bytes) {
     Guard guard(mutex);
@@ -214,8 +223,9 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMem
     } else if (from_device && within(pinned, to)) {
         memset(target, 0xff, std::min(size, SPOILT));
         pending.push_back({{stream, ++now}, target, size, true, 0});
-    } else if (!to_device) {  // for copies to memory that is not pinned, the host waits
-        memset(target, 0, size);
+    } else if (!to_device || !from_device) {  // for copies from and to memory that is not pinned, the host waits
+        if (!to_device) memset(target, 0, size);
+        if (stream == capturing && stream) return wait_for("wait cudaMemcpyAsync", {stream, now});
     }
     return cudaSuccess;
 }
@@ -223,8 +233,7 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMem
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind kind) {
     cudaMemcpyAsync(to, from, size, kind, nullptr);
     Guard guard(mutex);
-    wait_for("wait cudaMemcpy", {nullptr, now});
-    return cudaSuccess;
+    return wait_for("wait cudaMemcpy", {nullptr, now});
 }
 
 // Streams and events
@@ -261,21 +270,47 @@ API cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     Guard guard(mutex);
-    wait_for("wait cudaEventSynchronize", events[event]);
-    return cudaSuccess;
+    return wait_for("wait cudaEventSynchronize", events[event]);
 }
 
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     Guard guard(mutex);
-    wait_for("wait cudaStreamSynchronize", {stream, now});
-    return cudaSuccess;
+    return wait_for("wait cudaStreamSynchronize", {stream, now});
 }
 
 API cudaError_t cudaDeviceSynchronize() {
     Guard guard(mutex);
-    wait_for("wait cudaDeviceSynchronize", {nullptr, now});
-    while (!pending.empty()) reach({pending.front().when.stream, now});
+    cudaError_t error = wait_for("wait cudaDeviceSynchronize", {nullptr, now});
+    while (!error && !pending.empty()) reach({pending.front().when.stream, now});
+    return error;
+}
+
+// Graphs
+
+API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    return capturing = stream, captured = 0, capturer = std::this_thread::get_id(), cudaSuccess;
+}
+
+API cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    Guard guard(mutex);
+    counts["captured graphs"]++, counts["captured launches"] += captured;
+    return capturing = nullptr, *graph = reinterpret_cast<cudaGraph_t>(0x10), cudaSuccess;
+}
+
+API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    *status = stream && stream == capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
+}
+
+API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                         unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
+                                         const cudaGraphEdgeData**, size_t*) {
+    if (id) *id = 1;
+    return cudaStreamIsCapturing(stream, status);
+}
+
+API cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* number) {
+    return *number = captured, cudaSuccess;
 }
 
 // Kernels and errors
@@ -293,5 +328,6 @@ API cudaError_t cudaGetLastError() {
     return last_error = cudaSuccess, error;
 }
 API const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
     return error == cudaErrorMemoryAllocation ? "out of memory" : error ? "an error of the stand-in" : "no error";
 }
