@@ -430,8 +430,8 @@ def create_loader(run):
 
 
 def train_step(run, batch):
-    """Do one optimizer step. The host waits for the device only under fp16, or if the optimizer is not fused; with
-    --offload_ema it is at most a step ahead.
+    """Do one optimizer step. The host waits for the device only under fp16, if the optimizer is not fused, or to
+    capture a CUDA graph; with --offload_ema it is at most a step ahead.
 
     `batch` is `collate`'s, of this process's samples of the step. Of the metrics returned, loss and gradient norm are
     tensors on the device, shape ().
@@ -474,7 +474,8 @@ def add_gradients(run, batch):
                 losses.append(run.add_micro_batch(micro_batch))
         return torch.stack(losses).sum() / accelerator.gradient_accumulation_steps
     except RuntimeError as error:
-        if not run.plan.halves or size == 1 or not OUT_OF_MEMORY.search(str(error)):
+        # In a capture, the error about its end may hide the one that ended it.
+        if not run.plan.halves or size == 1 or not OUT_OF_MEMORY.search(f"{error} {error.__context__}"):
             raise
         traceback.clear_frames(error.__traceback__)  # the frames hold the activations
     run.micro_batch_size = next(n for n in range(size // 2, 0, -1) if run.plan.batch_per_process % n == 0)
@@ -886,56 +887,57 @@ class Run:
         self.network = accelerator.prepare(network)
         self.optimizer = Optimizer(args, plan, self.unet, accelerator)
         self.micro_batch_size = plan.micro_batch_size
-        add = functools.partial(add_micro_batch, self)
-        self.add_micro_batch = Launcher(add, accelerator.device, graphs=args.cuda_graphs)
+        self.add_micro_batch = Launcher(self)
         self.checkpoints = Checkpoints(plan, accelerator)
         self.tracker = Tracker(accelerator, args)
         self.progress = Progress(self)
 
 
 class Launcher:
-    """Calls a function of tensors, given as a dictionary on the host, on the device; it returns one tensor.
+    """Has the device do `add_micro_batch` with samples that are on the host, which waits only to capture a graph.
 
-    With `graphs`, a call is one launch for the host: that of a CUDA graph, which repeats the kernels of a call that
-    was captured, for all arguments of the same shapes. They work on the same memory as then. Arguments are copied
-    there, and what else the function reads or changes must stay in its place until `clear`. The first call for some
-    shapes is not captured: libraries choose and load their kernels in it, which a capture does not allow.
+    With --cuda_graphs, a call is one launch for the host: that of a CUDA graph, which repeats the kernels of a call
+    that was captured, for samples of the same shapes. They work on the same memory and with the same numbers as then.
+    So samples are copied there, and until `clear` gradients, weights and encoders stay where they are, and the size of
+    micro-batches stays as it is. The first call for some shapes is not captured: in it libraries choose and load their
+    kernels, which a capture does not allow. Nor is a call in the first step, at whose end AdamW takes its memory.
     """
 
-    def __init__(self, function, device, *, graphs):
-        self.function, self.device, self.uses_graphs = function, device, graphs
+    def __init__(self, run):
+        self.run = run
         self.clear()
 
     def clear(self):
-        """Give up all graphs and their memory."""
+        """Give up all graphs and their memory; the gradients must be given up as well."""
         self.called, self.graphs, self.pool = set(), {}, None
 
-    def __call__(self, arguments):
-        """Return the function's result for tensors on the host, and let the device do it when it will."""
-        shapes = tuple(tensor.shape for tensor in arguments.values())
-        if not self.uses_graphs or shapes not in self.called:
-            self.called.add(shapes)
-            return self.function(self.copied_to_device(arguments))
+    def __call__(self, micro_batch):
+        """Return the loss of a micro-batch, after its gradients have been added."""
+        run, shapes = self.run, tuple(samples.shape for samples in micro_batch.values())
         if shapes not in self.graphs:
-            self.graphs[shapes] = self.capture(self.copied_to_device(arguments))
-        graph, places, result = self.graphs[shapes]
-        for name, tensor in arguments.items():
-            places[name].copy_(tensor, non_blocking=True)
+            device = run.accelerator.device
+            copies = {name: samples.to(device, non_blocking=True) for name, samples in micro_batch.items()}
+            if run.args.cuda_graphs and not self.called:
+                for weight in run.weights:  # a graph can add only to what is there
+                    weight.grad = torch.zeros_like(weight)
+            if not run.args.cuda_graphs or run.step == 0 or shapes not in self.called:
+                self.called.add(shapes)
+                return add_micro_batch(run, copies)
+            self.graphs[shapes] = self.capture(copies)
+        graph, places, loss = self.graphs[shapes]
+        for name, samples in micro_batch.items():
+            places[name].copy_(samples, non_blocking=True)
         graph.replay()
-        return result.clone()
+        return loss.clone()
 
-    def copied_to_device(self, arguments):
-        """Return the arguments on the device, without waiting for them."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in arguments.items()}
-
-    def capture(self, arguments):
-        """Return a graph of a call with tensors on the device, these tensors, and that of the result."""
+    def capture(self, places):
+        """Return a graph of a call with the samples in `places`, these, and the tensor in which it leaves the loss."""
         graph = torch.cuda.CUDAGraph()
-        # What a capture forbids is forbidden to this thread only: others go on to pin samples and to copy checkpoints.
+        # What a capture forbids is forbidden to this thread only: others go on to pin samples and wait for copies.
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            result = self.function(dict(arguments))
+            loss = add_micro_batch(self.run, dict(places))
         self.pool = graph.pool()  # the graphs run one after another, so they can share their memory
-        return graph, arguments, result
+        return graph, places, loss
 
 
 class Frozen:
@@ -1029,7 +1031,7 @@ def prepare_unet(unet, args, accelerator):
     """Make the UNet ready to be trained: precision, memory, device."""
     unet.requires_grad_(True).train()
     if args.gradient_checkpointing:
-        # Nothing in it is random, and while a CUDA graph is captured, the generators' states cannot be asked for.
+        # SD1.5 has no dropout (`make_plan`), and the generators' states cannot be read in a CUDA graph's capture.
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         unet.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **settings))
     if args.enable_xformers_memory_efficient_attention:
@@ -1070,7 +1072,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         from torchao.optim import AdamW8bit  # noqa: PLC0415 (optional package: checked with the flags)
         from torchao.optim.subclass_8bit import OptimState8bit  # noqa: PLC0415
 
-        super().__init__(weights, settings)
+        super().__init__(weights, settings | {"foreach": True})  # so that all gradients are zeroed at once
         large, small = ([weight for weight in weights if has_8bit_moments(weight) == kind] for kind in (True, False))
         self.small, device, dtype = torch.optim.AdamW(small, fused=True, **settings), weights[0].device, large[0].dtype
         for weight in small:
@@ -1684,6 +1686,7 @@ def measure(run):
     """Measure and log the losses of weights and average on the rows kept out of training, if any, once a step."""
     if run.held_out is None or str(run.step) in run.losses:
         return
+    release_gradients(run)  # what follows needs memory too
     losses = {"val/loss": held_out_loss(run)}
     if run.average:
         with averaged_weights(run):
@@ -1747,7 +1750,7 @@ def draw_prompts(run, folder, signals):
     prompts, hidden = run.args.validation_prompts, Path(run.args.output_dir, sd_config.OWN, folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()
-    release_gradients(run)  # the pictures need memory too
+    release_gradients(run)
     run.frozen.move(run.accelerator.device)
     parts = run.frozen.pipeline.components | {"unet": run.unet, "vae": run.frozen.vae, "safety_checker": None}
     parts |= {"text_encoder": run.frozen.text_encoder, "tokenizer": run.stream.tokenizer}

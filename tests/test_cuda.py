@@ -41,7 +41,7 @@ RECIPES = {
     "fp16": (f"{AT_ONCE} --mixed_precision=fp16", 1, 122.9),
     "small": (f"{FAITHFUL} {CHECKPOINTING} --use_8bit_adam --mixed_precision=bf16", 1, 62.3),
     "smallest": (f"{FAITHFUL} --low_memory", 2, 52.0),
-    "graphs": (f"{FAITHFUL} {CHECKPOINTING} --cuda_graphs", 0, 106.5),
+    "graphs": (f"{FAITHFUL} {CHECKPOINTING} --cuda_graphs --dream_training", 0, 106.5),
     "graphs, shapes": (f"{AT_ONCE} --aspect_buckets --cuda_graphs", 0, 111.5),
     "graphs, fp16": (f"{AT_ONCE} {CHECKPOINTING} --mixed_precision=fp16 --cuda_graphs", 1, 99.3),
     "graphs, smallest": (f"{FAITHFUL} --low_memory --cuda_graphs", 2, 77.0),
@@ -117,10 +117,10 @@ def test_a_recipe_trains_saves_draws_exports_and_goes_on(device, assets, tmp_pat
     assert seen.code == 0, seen.printed
     assert seen.waits[1:3] == [waits, waits]  # the first follows the encoding, and the last a read of the metrics
     assert ("captured graphs" in seen.counts) == ("--cuda_graphs" in flags)
-    assert "wait in a graph" not in seen.counts
+    assert not {"wait in a graph", "launches beside a graph"} & seen.counts.keys()
     on_host = "--offload_ema" in flags or "--low_memory" in flags
     assert seen.streams[1:3] == [2 * on_host] * 2  # the copy waits for the step before, and the next step for the copy
-    # The second step captures a graph; PyTorch does not count in later ones what that works in.
+    # The second step captures a graph; while one is repeated, PyTorch does not count the memory in which it works.
     assert seen.peaks[1 if "--cuda_graphs" in flags else 2] == pytest.approx(peak, rel=0.04)
     assert re.search(r"Peak GPU memory: [\d.]+ GiB allocated, [\d.]+ GiB reserved", seen.printed)
     more = device(train, assets, tmp_path / "run", *flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")

@@ -315,6 +315,30 @@ API cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* number)
 
 // Kernels and errors
 
+namespace {
+thread_local cudaStream_t configured;  // for the kernel that this thread is about to launch
+
+cudaError_t launch(cudaStream_t stream) {
+    if (capturing && stream != capturing) {
+        Guard guard(mutex);
+        counts["launches beside a graph"]++;
+    }
+    return stand_in_launch(), cudaSuccess;
+}
+}  // namespace
+
+API unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t stream) { return configured = stream, 0; }
+API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, cudaStream_t* stream) {
+    return *grid = *block = dim3(), *shared = 0, *stream = configured, cudaSuccess;
+}
+API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) { return launch(stream); }
+API cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t stream) {
+    return launch(stream);
+}
+API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+    return launch(config->stream);
+}
+
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     *attributes = cudaFuncAttributes{};
     attributes->binaryVersion = attributes->ptxVersion = 89;

@@ -41,16 +41,11 @@ int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* data) { retu
 const char* cudaGetErrorName() { return "cudaErrorOfTheStandIn"; }
 
 // The binaries of kernels, and how they are called
-LAUNCHES(cudaLaunchKernel) LAUNCHES(cudaLaunchKernelExC) LAUNCHES(__cudaLaunchKernel)
-NOTHING(__cudaPushCallConfiguration) NOTHING(__cudaRegisterFatBinaryEnd) NOTHING(__cudaUnregisterFatBinary)
+NOTHING(__cudaRegisterFatBinaryEnd) NOTHING(__cudaUnregisterFatBinary)
 NOTHING(__cudaRegisterVar) NOTHING(__cudaRegisterFunction) NOTHING(__cudaInitModule)
 void** __cudaRegisterFatBinary() {
     static void* handle;
     return &handle;
-}
-int __cudaPopCallConfiguration(uint32_t* grid, uint32_t* block, size_t* shared, void** stream) {
-    for (int i = 0; i < 3; i++) grid[i] = block[i] = 1;
-    return *shared = 0, *stream = NULL, 0;
 }
 int __cudaGetKernel(const void** kernel, const void* stub) { return *kernel = stub, 0; }
 
