@@ -197,8 +197,8 @@ FLAGS = {
          "as fit into memory, in a run of one process. Default: auto on CUDA (not on Windows, which lends the host's "
          "memory instead), else --train_batch_size."),
         ("torch_compile", False, bool, "Compile the UNet: faster steps after minutes of compilation."),
-        ("cuda_graphs", False, bool, "Launch forward and backward pass at once, as a CUDA graph: for a GPU that would have "
-         "to wait for its host. Takes more memory."),
+        ("cuda_graphs", False, bool, "Launch forward and backward pass at once, as a CUDA graph: for a GPU that would "
+         "have to wait for its host. Takes more memory."),
         ("offload_ema", False, bool, "Keep the EMA in the host's memory, where a thread updates it."),
         ("low_memory", False, bool, "Weights in bf16 with stochastic rounding; sets --offload_ema, "
          "--gradient_checkpointing, --mixed_precision bf16 and --use_8bit_adam (needs torchao)."),
