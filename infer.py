@@ -59,11 +59,7 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """Parse and check the command line; a problem ends the process with exit code 2.
-
-    Returns:
-        argparse.Namespace: one attribute per flag; `outputs` lists the files to write, prompt by prompt.
-    """
+    """Return the flags, checked, with `outputs`, the files to write prompt by prompt; exit with 2 on problems."""
     parser = sd_config.Parser("Draw pictures from prompts with a trained Stable Diffusion pipeline.", FLAGS)
     return parser.parse_checked(argv, resolve)
 
@@ -316,13 +312,9 @@ def settings_of(image):
 
 
 def sample(pipeline, prompt, seed, **settings):
-    """Return a picture that is finite. Its noise comes from a generator on the CPU, so it is the same on every device.
+    """Return a picture that is finite, with `settings` of `pipeline.__call__`.
 
-    Args:
-        pipeline (StableDiffusionPipeline): the model, on its device.
-        prompt (str): what to draw.
-        seed (int): of the starting noise, 0 to 2^32 - 1.
-        **settings: as for the pipeline: negative_prompt, num_inference_steps, guidance_scale, height, width.
+    Its noise comes from a generator on the CPU with this `seed` (0 to 2^32 - 1), so it is the same on every device.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     pixels = pipeline(prompt, generator=generator, output_type="pt", **settings).images
@@ -337,19 +329,16 @@ def command(settings):
     return " ".join(("python infer.py", *flags))
 
 
-def captioned_grid(rows, captions, width=256):
-    """Return rows of pictures as one, with a caption under each column. PIL's font draws non-Latin letters as boxes.
+def captioned_grid(rows, captions):
+    """Return rows (lists) of PIL pictures of one size as one picture, with a caption (a string) under each column.
 
-    Args:
-        rows (list[list[PIL.Image.Image]]): pictures of one size; if narrower than `width`, enlarged without blur.
-        captions (list[str]): one for each column.
-        width (int): least width of a column in pixels.
+    Pictures narrower than 256 pixels are enlarged without blur. PIL's font draws non-Latin letters as boxes.
     """
     (across, down), gap = rows[0][0].size, 8
-    factor = -(-width // across)
+    factor = -(-256 // across)
     across, down = factor * across, factor * down
     font = ImageFont.load_default(max(14, across // 20))
-    wrapped = [wrap(caption, font, across) for caption in captions]
+    wrapped = [textwrap.fill(caption, int(across / font.getlength("W"))) for caption in captions]  # its widest letter
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     below = max(measure.multiline_textbbox((0, 0), text, font)[3] for text in wrapped) + gap
     grid = Image.new("RGB", (len(captions) * (across + gap) + gap, len(rows) * (down + gap) + gap + below), "white")
@@ -360,15 +349,6 @@ def captioned_grid(rows, captions, width=256):
         place = gap + column * (across + gap) + across / 2, len(rows) * (down + gap) + gap
         ImageDraw.Draw(grid).multiline_text(place, text, "black", font, anchor="ma", align="center")
     return grid
-
-
-def wrap(text, font, width):
-    """Return a text in lines no wider than `width` pixels, as few as that takes."""
-    for length in range(max(len(text), 1), 0, -1):
-        lines = textwrap.wrap(text, length)
-        if all(font.getlength(line) <= width for line in lines):
-            break
-    return "\n".join(lines)
 
 
 def write_single_file(args):
@@ -384,13 +364,10 @@ def write_single_file(args):
     with sd_config.exit_on(sd_config.WriteError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with sd_config.written_whole(path.parent / f".{os.getpid()}", path, size) as hidden:
-            file, usual = hidden / path.name, hidden / "usual"
             known = json.dumps(known_run(args))  # as one entry: several would come in another order each time
-            save_file(tensors, file, {sd_config.PNG_TEXT: known})
-            usual.touch()
-            shutil.copymode(usual, file)  # safetensors writes for the user alone, whatever the umask
-            sd_config.flush(hidden)
-            file.rename(path)
+            save_file(tensors, hidden / path.name, {sd_config.PNG_TEXT: known})
+            sd_config.write_manifest(hidden)  # which makes the file as readable as others, and flushes it
+            (hidden / path.name).rename(path)
             shutil.rmtree(hidden)
     print(f"{path}: {len(tensors)} tensors in {dtype}, {sd_config.gigabytes(size)}")
     if pipeline.scheduler.config.prediction_type == "v_prediction":

@@ -244,10 +244,7 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """Return the trainer's flags, checked; `resume_from_checkpoint` becomes the folder found, or None.
-
-    Exits with code 2, after naming every problem found, if any flag or combination of flags is wrong.
-    """
+    """Return the flags, checked, with the folder of `resume_from_checkpoint`, if any; exit with 2 on problems."""
     parser, notices = Parser("Fine-tune all weights of Stable Diffusion's UNet on pictures with captions.", FLAGS), []
     args = parser.parse_checked(argv, lambda *found: resolve(*found, notices))
     if os.environ.get("RANK", "0") == "0":
@@ -384,27 +381,18 @@ def resolve(args, given, problems, notices):
         problems.append("--validation_negative_prompt: has no effect without a --validation_guidance_scale above 1")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--learning_rate {args.learning_rate}: must be above 1e-7, where the polynomial schedule ends")
-    if args.image_column == args.caption_column:
-        problems.append(f"--caption_column {args.caption_column}: is --image_column too")
     if args.cache_dir is not None and os.path.isfile(args.cache_dir):
         problems.append(f"--cache_dir {args.cache_dir}: is a file, and must be a folder")
-    if args.report_to == "swanlab" and (mode := os.environ.get("SWANLAB_MODE")):
-        problems.extend(mode_problems(mode))
+    mode, modes = os.environ.get("SWANLAB_MODE"), ("online", "cloud", "offline", "local", "disabled")
+    if args.report_to == "swanlab" and mode and mode not in modes:
+        problems.append(f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}")
+    if args.report_to == "swanlab" and mode == "local" and not importlib.util.find_spec("swanboard"):
+        problems.append('SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"')
     resolve_memory(args, problems)
-    resolve_rank(args, problems)
     resolve_model(args, problems, notices)
     resolve_data(args, given, problems)
     resolve_output(args, problems, notices)
     notices.extend(ignored_flags(args, given))
-
-
-def mode_problems(mode):
-    """Yield what is wrong with SWANLAB_MODE, of which SwanLab would complain late, or only in its own log."""
-    modes = "online", "cloud", "offline", "local", "disabled"
-    if mode not in modes:
-        yield f"SWANLAB_MODE {mode}: must be one of {', '.join(modes)}"
-    if mode == "local" and not importlib.util.find_spec("swanboard"):
-        yield 'SWANLAB_MODE local: needs its dashboard: pip install "swanlab[dashboard]"'
 
 
 def ignored_flags(args, given):
@@ -437,22 +425,14 @@ def resolve_memory(args, problems):
     elif size not in (None, "auto") and batch % size:
         product = f"--train_batch_size x --gradient_accumulation_steps = {batch}"
         problems.append(f"--micro_batch_size {size}: must be a divisor of {product}, or auto")
+    launched = os.environ.get("LOCAL_RANK", "not set")
+    if str(args.local_rank) not in ("-1", launched.replace("not set", "0")):  # a broken launch
+        problems.append(f"--local_rank {args.local_rank}: LOCAL_RANK is {launched}; leave it out")
     if args.low_memory:
         args.use_8bit_adam = args.gradient_checkpointing = args.offload_ema = True
         args.mixed_precision = args.mixed_precision or "bf16"
         if args.mixed_precision != "bf16":
             problems.append(f"--mixed_precision {args.mixed_precision}: --low_memory needs bf16")
-
-
-def resolve_rank(args, problems):
-    """Take the rank from the launcher's environment. A flag that contradicts the launcher means a broken launch."""
-    value = os.environ.get("LOCAL_RANK", "-1")
-    if not re.fullmatch(r"-1|\d+", value):
-        problems.append(f"LOCAL_RANK {value!r}: a launcher sets it to a whole number; unset it")
-    elif args.local_rank not in (-1, max(int(value), 0)):
-        problems.append(f"--local_rank {args.local_rank}: LOCAL_RANK is {value.replace('-1', 'not set')}; leave it out")
-    else:
-        args.local_rank = int(value)
 
 
 def resolve_model(args, problems, notices):
@@ -613,7 +593,6 @@ class TrainerState:
     losses: dict = dataclasses.field(default_factory=dict)  # on held-out rows, by step (a text) and by name
 
     def write(self, folder):
-        """Write the state into a checkpoint's folder."""
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(self), indent=2), encoding="utf-8")
 
 
@@ -765,7 +744,7 @@ def written_whole(hidden, what, size):
 
 
 def put_in_place(hidden, final):
-    """Rename a complete folder to its final name, replacing what has that name."""
+    """Rename a complete folder, or a file, to its final name, replacing a folder that has that name."""
     final.parent.mkdir(parents=True, exist_ok=True)
     discard(final, hidden.parent)
     hidden.rename(final)
@@ -792,16 +771,12 @@ def put_export_in_place(staging, output):
             (output / name).unlink(missing_ok=True)
         (staging / MANIFEST).replace(output / OWN / MANIFEST)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
-            target = output / part.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
+            put_in_place(part, output / part.name)
     except OSError as error:
         rest = f"what has not been moved yet is in {staging}, until the next start makes it anew"
         raise ReportedError(f"{error}; {rest}") from error
-    staging.rmdir()
-    for folder in (output / OWN, output):
-        flush(folder, within=False)
+    shutil.rmtree(staging, ignore_errors=True)
+    flush(output / OWN, within=False)
 
 
 def best_checkpoint(folders, new=None):
@@ -1082,7 +1057,6 @@ class Plan:
 
 
 def gigabytes(size):
-    """Return a number of bytes as text."""
     return f"{size / 1e9:.2f} GB"
 
 

@@ -63,7 +63,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
@@ -400,7 +399,7 @@ def train(run):
             if validates:
                 validate(run, signals)
             if saves or validates:
-                run.progress.restart_clock()
+                run.progress.clock = time.perf_counter()  # what these took is not training
             leave_if_asked(run, signals)
         run.checkpoints.finish()
         leave_if_asked(run, signals)
@@ -557,13 +556,8 @@ class Progress:
         self.loss = math.nan  # of the last step that was read
 
     def start(self):
-        """Show the bar, and start the clock."""
         shown = self.run.accelerator.is_local_main_process
         self.bar = tqdm(total=self.run.plan.max_steps, initial=self.run.step, desc="Steps", disable=not shown)
-        self.restart_clock()
-
-    def restart_clock(self):
-        """Restart the images/s clock, leaving out the time since the last read."""
         self.clock = time.perf_counter()
 
     def add(self, metrics):
@@ -579,11 +573,11 @@ class Progress:
         tensors = [torch.stack([metrics["loss"], metrics["grad_norm"]]).float() for _, metrics in pending]
         values = run.accelerator.reduce(torch.stack(tensors), "mean").tolist()
         images_per_sec = len(pending) * run.plan.effective_batch / (time.perf_counter() - self.clock)
-        self.restart_clock()
+        self.clock = time.perf_counter()
         for (step, metrics), (loss, grad_norm) in zip(pending, values, strict=True):
             read = metrics | {"loss": loss, "grad_norm": grad_norm, "images_per_sec": images_per_sec}
             read["epoch"] = step / run.plan.steps_per_epoch
-            run.tracker.log({f"train/{name}": value for name, value in read.items()}, step)
+            run.tracker.attempt(run.accelerator.log, {f"train/{name}": value for name, value in read.items()}, step)
             if not math.isfinite(loss + grad_norm) and not metrics.get("skipped"):
                 run.consistent = False  # the EMA was updated, but not the weights
                 raise NotFinite(describe_step(run, step, loss, grad_norm))
@@ -652,17 +646,13 @@ class Tracker:
                 self.attempt(start, {"swanlab": options | {"mode": "offline", "reinit": True}})
 
     def attempt(self, send, *args, **kwargs):
-        """Call `send` of the tracker; warn of its first failure only."""
+        """Call `send` of the tracker or of accelerate; warn of the first failure only."""
         try:
             send(*args, **kwargs)
         except Exception as error:
             if not self.failed:
                 print(f"warning: {self.name} failed; training goes on, and what it missed is lost: {error!r}")
             self.failed = True
-
-    def log(self, values, step):
-        """Send metrics, a dictionary of numbers by their names."""
-        self.attempt(self.accelerator.log, values, step=step)
 
     def log_images(self, images, captions, step):
         """Send validation pictures with their captions; each tracker has a way of its own."""
@@ -822,7 +812,7 @@ def create_accelerator(args):
         )
         torch.empty(0, device=accelerator.device)
     except (ValueError, ImportError, RuntimeError, AssertionError) as error:  # no such device, or not in this precision
-        stop_if([f"the device, --mixed_precision {args.mixed_precision} or accelerate's configuration: {error}"])
+        sd_config.stop(f"the device, --mixed_precision {args.mixed_precision} or accelerate's configuration: {error}")
     problems = []
     if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         used = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -952,7 +942,6 @@ class Frozen:
         )
 
     def move(self, device):
-        """Move the copies to a device."""
         self.vae.to(device)
         self.text_encoder.to(device)
 
@@ -1093,7 +1082,6 @@ class EightBitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all weights."""
         rate = self.param_groups[0]["lr"]
         self.small.param_groups[0]["lr"] = rate
         self.small.step()
@@ -1147,7 +1135,7 @@ class Average:
         self.updates += 1
         decay = min(0.9999, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
         if not self.on_host:
-            get_ema_multi_avg_fn(decay)(self.weights, weights, None)
+            torch._foreach_lerp_(self.weights, weights, 1 - decay)
             return
         averages = self.settled_weights()
         if self.stream:
@@ -1587,11 +1575,7 @@ def check_picture(image):
 
 
 def to_rgb(image):
-    """Return a PIL picture upright and in RGB: transparency over white, 16 bits scaled to 8.
-
-    Raises:
-        ValueError: if it is too narrow, or its values have no agreed meaning in RGB: floating point, LAB, 32 bits.
-    """
+    """Return a PIL picture upright and in RGB: transparency over white, 16 bits scaled to 8. Others: a `ValueError`."""
     check_picture(image)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] == "I":  # PIL itself would clip everything above 255 to white
@@ -1672,13 +1656,11 @@ def encode_held_out(stream, frozen):
         with exit_on(BadRow):
             pixel_values = stream.load_pixels(number)
         input_ids = tokenize(stream.tokenizer, rows.captions[number][:1])
-        timestep = (2 * index + 1) * stream.num_train_timesteps // (2 * len(rows.held_out))
-        encoded = {
-            "moments": frozen.encode_pictures(pixel_values[None])[0].cpu(),
-            "encoder_hidden_states": frozen.encode_captions(input_ids)[0].cpu(),
-        }
-        sample = stream.draw(index, number, "held out") | {"timesteps": torch.tensor(timestep)} | encoded
-        samples.append({name: value[None] for name, value in sample.items()})
+        sample = {name: value[None] for name, value in stream.draw(index, number, "held out").items()}
+        sample["timesteps"][0] = (2 * index + 1) * stream.num_train_timesteps // (2 * len(rows.held_out))
+        sample["moments"] = frozen.encode_pictures(pixel_values[None]).cpu()
+        sample["encoder_hidden_states"] = frozen.encode_captions(input_ids).cpu()
+        samples.append(sample)
     return samples
 
 
@@ -1694,7 +1676,7 @@ def measure(run):
     run.losses[str(run.step)] = losses
     if not math.isfinite(sum(losses.values())):
         tqdm.write(f"warning: the weights of step {run.step} have diverged: an earlier checkpoint may be sound")
-    run.tracker.log(losses, run.step)
+    run.tracker.attempt(run.accelerator.log, losses, run.step)
     tqdm.write(f"Step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
 
 
@@ -1812,10 +1794,7 @@ class Checkpoints:
             writing.result()
 
     def write(self, tensors, state, config, last_step):
-        """Write a checkpoint atomically, and delete the oldest ones above the limit, except the best.
-
-        It is written under a hidden name, given a manifest, flushed to disk, and renamed. Only then are others deleted.
-        """
+        """Write a checkpoint whole or not at all; only then delete the oldest ones above the limit, except the best."""
         final = Path(self.plan.args.output_dir, f"checkpoint-{state.step}")
         hidden = final.parent / sd_config.OWN / final.name
         with sd_config.written_whole(hidden, final, self.plan.checkpoint_bytes) as folder:
@@ -1874,7 +1853,6 @@ def copied_to_host(value):
 
 
 def trainer_state(run):
-    """Return the `TrainerState` of this step."""
     base, scaler = run.args.pretrained_model_name_or_path, run.accelerator.scaler
     return sd_config.TrainerState(
         step=run.step,
@@ -1966,7 +1944,6 @@ def escaped(value):
 
 
 def model_card(run, best):
-    """Return the text of the output folder's README.md."""
     args, plan, grid = run.args, run.plan, f"{sd_config.SAMPLES}/step-{run.step}/grid.png"
     bad = [f"- row {number}: {fault}" for number, fault in run.stream.rows.bad.items()]
     arguments = [f"| {name} | {escaped(value)} |" for name, value in plain_args(args, run.accelerator).items()]

@@ -371,14 +371,14 @@ def test_half_a_deleted_checkpoint_does_not_have_its_name(run, upto, six):
 
 def die_exporting():
     """Have the process killed when it has put the second part of the export in its place."""
-    replace, count = Path.replace, itertools.count()
+    rename, count = Path.rename, itertools.count()
 
     def put(path, target):
-        replace(path, target)
+        rename(path, target)
         if path.parent.name == "export" and next(count):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Path.replace = put
+    Path.rename = put
 
 
 def test_half_an_export_does_not_pass_for_a_pipeline(run, upto, six):

@@ -131,14 +131,14 @@ def test_a_checkpoint_that_was_renamed_is_skipped(train, output, capsys):
 
 
 def test_an_export_that_cannot_take_its_place_waits(train, output, monkeypatch, capsys):
-    replace = Path.replace
+    rename = Path.rename
 
     def refuse(path, target):
         if path.name == "vae":
             raise PermissionError(13, "Permission denied")
-        return replace(path, target)
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(SystemExit) as end:
         train(*FLAGS, f"{RESUME}=latest", "--max_train_steps=5")
     assert end.value.code == 1
