@@ -7,16 +7,15 @@ compute nothing). As on a GPU, a capture computes nothing, and a graph goes on t
 import contextlib
 import copy
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import faults
 import infer
 from conftest import assert_same, assert_same_state, learned, trainer, weights
+from test_buckets import write
 
 FLAGS = (
     *("--aspect_buckets", "--resolution=128", "--train_batch_size=6", "--learning_rate=3e-4", "--random_flip"),
@@ -116,12 +115,8 @@ def graphs(monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder of pictures in three shapes."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, (width, height) in enumerate([(96, 96), (160, 80), (80, 160), (90, 90), (200, 100), (96, 95)] * 2):
-        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"picture {number}")
-    return folder
+    sizes = [(96, 96), (160, 80), (80, 160), (90, 90), (200, 100), (96, 95)]
+    return write(tmp_path_factory.mktemp("data") / "pictures", 2 * sizes)
 
 
 def assert_trains_the_same(one, other):
